@@ -1,0 +1,122 @@
+"""Adversaries: where they stand, and what their threat model grants them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from enum import IntEnum
+from typing import final
+
+import torch
+from torch import Generator, Tensor
+
+from privfm.checks import NotRevealed
+from privfm.contracts.channels import WireView
+from privfm.contracts.learning import Examples
+
+
+class Knows(IntEnum):
+    """What an attacker knows of the honest clients of its round: `OWN < MOMENTS < ROWS`."""
+
+    OWN = 0
+    MOMENTS = 1
+    ROWS = 2
+
+
+@final
+class Knowledge:
+    """The honest rows, as the server would decode them, up to the granted level; asking for more raises.
+
+    Attributes:
+      level: what is granted.
+      cohort: clients that take part in the round, attackers included (every level knows it).
+    """
+
+    def __init__(self, level: Knows, cohort: int, aggregate: Callable[[Tensor], Tensor]) -> None:
+        self.level, self.cohort, self._aggregate = level, cohort, aggregate
+        self._count = 0
+        self._mean, self._squares = torch.zeros(()), torch.zeros(())
+        self._rows: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        """Streams honest rows `(k, d)` in; moments cost two vectors whatever the cohort (Welford 1962)."""
+        if self.level >= Knows.MOMENTS:
+            for row in rows.double():  # one at a time: the same bits for every batch size
+                self._count += 1
+                step = row - self._mean
+                self._mean = self._mean + step / self._count
+                self._squares = self._squares + step * (row - self._mean)
+        if self.level >= Knows.ROWS:
+            self._rows.append(rows)
+
+    def _grant(self, level: Knows) -> None:
+        if self.level < level:
+            raise NotRevealed(f"the threat model grants {self.level.name}, not {level.name}")
+        if level >= Knows.MOMENTS and self._count == 0:
+            raise NotRevealed("no honest client has answered in this round")
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the honest rows, `(d,)`. Needs MOMENTS."""
+        self._grant(Knows.MOMENTS)
+        return self._mean.float()
+
+    @property
+    def deviation(self) -> Tensor:
+        """Standard deviation of each coordinate (division by the count), `(d,)`. Needs MOMENTS."""
+        self._grant(Knows.MOMENTS)
+        return (self._squares / self._count).sqrt().float()
+
+    @property
+    def rows(self) -> Tensor:
+        """The honest rows, `(h, d)`. Needs ROWS."""
+        self._grant(Knows.ROWS)
+        return torch.cat(self._rows)
+
+    def aggregate(self, bent: Tensor) -> Tensor:
+        """What the rule, in its present state, returns on the honest rows and `bent (k, d)`: `(d,)`. Needs ROWS."""
+        return self._aggregate(torch.cat([self.rows, bent]))
+
+
+class Attack(ABC):
+    """What malicious clients do. The base of the two places where they can do it."""
+
+    @property
+    @abstractmethod
+    def knowledge(self) -> tuple[str, ...]:
+        """What it uses beyond its own data, in words, for the report: cohort size, honest moments, the rule ..."""
+
+
+class DataAttack(Attack):
+    """Bends a client's examples before it trains."""
+
+    @abstractmethod
+    def poison(self, examples: Examples, generator: Generator) -> Examples:
+        """One client's examples in, its poisoned examples out."""
+
+
+class UpdateAttack(Attack):
+    """Replaces the attackers' rows after their client steps: nobody can make them clip. Codecs still apply.
+
+    Class constants:
+      obeys_chain: sends its rows through the client steps again (an attacker that clips, to stay unnoticed).
+    """
+
+    obeys_chain = False
+
+    @property
+    def needs(self) -> Knows:
+        """The level of knowledge the attack asks for."""
+        return Knows.OWN
+
+    @abstractmethod
+    def bend(self, own: Tensor, honest: Knowledge, generator: Generator) -> Tensor:
+        """All attackers of a round as one batch: the rows they would have sent `(k, d)` -> what they send `(k, d)`."""
+
+
+class ServerAttack(ABC):
+    """A curious server: looks at exactly what the channel revealed."""
+
+    @abstractmethod
+    def look(self, wire: WireView) -> dict[str, float]:
+        """Scores for the record, by name with the unit in it."""
