@@ -1,0 +1,36 @@
+"""The plain mean: no robustness, no privacy; what every other rule is measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Generator
+
+from privfm.contracts import Outcome, Reveals, Rule, State, View
+
+
+@final
+@dataclass(frozen=True)
+class Mean(Rule):
+    """Equal-weight mean of the updates.
+
+    Needs: sum.  Cost: one pass.  Breakdown point: 0 (one update moves it anywhere).
+
+    Source: McMahan et al., "Communication-efficient learning of deep networks from decentralized data", 2017,
+    algorithm 1, with equal weights (a weight that a client claims is a weight that an attacker chooses).
+
+    >>> Mean()(torch.tensor([[1.0, 2.0], [3.0, 4.0]])).tolist()
+    [2.0, 3.0]
+    """
+
+    @property
+    def needs(self) -> Reveals:
+        return Reveals.SUM
+
+    def effective_size(self, n: int) -> float | None:
+        return float(n)
+
+    def step(self, state: State, view: View, generator: Generator) -> tuple[State, Outcome]:
+        return state, Outcome(view.total() / view.n, torch.full((view.n,), 1 / view.n, dtype=torch.float64))

@@ -1,0 +1,114 @@
+"""Client steps and codecs. A chain of transforms is a transform."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from typing import final
+
+from torch import Generator, Tensor
+
+from privfm.checks import positive
+from privfm.contracts import Encoded, State, Transform
+
+
+@final
+@dataclass(frozen=True)
+class Clip(Transform):
+    """Scales an update down to L2 norm `max_grad_norm` when it is longer.
+
+    A client step: an attacker skips it. What depends on the bound must clip again where rows are opened.
+
+    | row            | result          |
+    |----------------|-----------------|
+    | norm <= bound  | unchanged bits  |
+    | zero           | zero            |
+    | NaN or inf     | not finite, left out where rows are opened |
+
+    Args:
+      max_grad_norm: L2 bound, in units of an update's norm.
+
+    Source: McMahan et al., "Learning differentially private recurrent language models", 2018, "flat clipping".
+    """
+
+    max_grad_norm: float
+    additive = True
+
+    def __post_init__(self) -> None:
+        positive("max_grad_norm", self.max_grad_norm)
+
+    @property
+    def similarity(self) -> float | None:
+        return 1.0
+
+    def norm_bound(self, bound: float, d: int) -> float:
+        return min(bound, self.max_grad_norm)
+
+    def encode(self, rows: Tensor, state: State, generators: Sequence[Generator]) -> tuple[Encoded, State]:
+        norms = rows.norm(dim=1, keepdim=True)
+        factor = (self.max_grad_norm / norms).clamp(max=1)  # 1 for a zero row: bound / 0 = inf
+        return Encoded(rows * factor, {}), state
+
+
+@final
+@dataclass(frozen=True)
+class Chain(Transform):
+    """Transforms one after the other; state and side information of part i carry the prefix `i/`."""
+
+    parts: tuple[Transform, ...]
+
+    @property
+    def additive(self) -> bool:  # type: ignore[override]  # a constant on a single transform, derived here
+        return all(part.additive for part in self.parts)
+
+    @property
+    def binding(self) -> bool:  # type: ignore[override]
+        return all(part.binding for part in self.parts)
+
+    @property
+    def integers(self) -> bool:  # type: ignore[override]
+        return bool(self.parts) and self.parts[-1].integers
+
+    @property
+    def similarity(self) -> float | None:
+        factors = [part.similarity for part in self.parts]
+        return None if None in factors else prod(factor for factor in factors if factor is not None)
+
+    def norm_bound(self, bound: float, d: int) -> float:
+        for part, width in zip(self.parts, self._widths(d), strict=False):
+            bound = part.norm_bound(bound, width)
+        return bound
+
+    def width(self, d: int) -> int:
+        return self._widths(d)[-1]
+
+    def init(self, d: int) -> State:
+        widths = self._widths(d)
+        return {f"{i}/{k}": v for i, part in enumerate(self.parts) for k, v in part.init(widths[i]).items()}
+
+    def encode(self, rows: Tensor, state: State, generators: Sequence[Generator]) -> tuple[Encoded, State]:
+        side: State = {}
+        after: State = {}
+        for i, part in enumerate(self.parts):
+            encoded, new = part.encode(rows, _under(state, i), generators)
+            rows = encoded.rows
+            side |= {f"{i}/{k}": v for k, v in encoded.side.items()}
+            after |= {f"{i}/{k}": v for k, v in new.items()}
+        return Encoded(rows, side), after
+
+    def decode(self, encoded: Encoded, d: int) -> Tensor:
+        rows, widths = encoded.rows, self._widths(d)
+        for i in reversed(range(len(self.parts))):
+            rows = self.parts[i].decode(Encoded(rows, _under(encoded.side, i)), widths[i])
+        return rows
+
+    def _widths(self, d: int) -> list[int]:
+        """Width before each part, and after the last."""
+        return list(accumulate(self.parts, lambda width, part: part.width(width), initial=d))
+
+
+def _under(state: State, i: int) -> State:
+    prefix = f"{i}/"
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
