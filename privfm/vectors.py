@@ -110,7 +110,14 @@ def _tensors(state: Named | Arrays) -> dict[str, Tensor]:
         if isinstance(entry, Tensor):
             tensors[name] = entry
         elif isinstance(entry, np.ndarray):
-            tensors[name] = torch.from_numpy(np.ascontiguousarray(entry))
+            tensors[name] = _from_numpy(name, entry)
         else:
             raise InvalidArgument(f"{name} is a {type(entry).__name__}, expected a tensor or a NumPy array")
     return tensors
+
+
+def _from_numpy(name: str, array: NDArray[np.generic]) -> Tensor:
+    try:  # read-only and strided arrays are copied, the others share their memory
+        return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"{name} is a NumPy array of {array.dtype}, expected a native float type") from error

@@ -69,6 +69,11 @@ class Channel(ABC):
         """The key holder's limits; None where the server itself holds the rows or only a sum is revealed."""
         return None
 
+    @property
+    def most_clients(self) -> int | None:
+        """Most clients whose rows a sum has head-room for; None: no such bound."""
+        return None
+
     @final
     def answer(self, party: int, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
         """A party's half: the next memory, and the reply.

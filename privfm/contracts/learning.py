@@ -96,8 +96,12 @@ class Task(ABC):
         """Predicted labels, shaped like the labels."""
 
     @abstractmethod
-    def metrics(self, logits: Tensor, labels: Tensor) -> dict[str, Metric]:
-        """Metrics of a batch that was never split: all examples of a split."""
+    def score(self, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What every example contributes to the metrics, `{name: (b,)}`; kept instead of the logits."""
+
+    @abstractmethod
+    def summarise(self, scores: Mapping[str, Tensor], labels: Tensor, label_names: Sequence[str]) -> dict[str, Metric]:
+        """Scores of all N examples of a split, in order -> metrics by name."""
 
     @abstractmethod
     def trivial(self, labels: Tensor) -> float:
@@ -163,6 +167,10 @@ class Sampling(ABC):
     @abstractmethod
     def expected(self, population: int) -> float:
         """Expected number of clients a round."""
+
+    @abstractmethod
+    def largest(self, population: int) -> int:
+        """Most clients a round may hold; where there is no such bound short of everybody, exceeded once in 1e9."""
 
 
 class ModelSource(ABC):

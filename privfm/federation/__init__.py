@@ -1,0 +1,34 @@
+"""Federation: who takes part, what a round is, and what must not run."""
+
+from privfm.federation.arm import Arm
+from privfm.federation.checkpoints import load, save
+from privfm.federation.compatibility import Problem, problems
+from privfm.federation.loop import Step, rounds, start
+from privfm.federation.optimizers import Adam, Average, Momentum, Yogi
+from privfm.federation.population import FixedSize, Poisson, Population, choose_malicious
+from privfm.federation.record import Record, visibility
+from privfm.federation.round import Federation, RunState, play
+
+__all__ = [
+    "Adam",
+    "Arm",
+    "Average",
+    "Federation",
+    "FixedSize",
+    "Momentum",
+    "Poisson",
+    "Population",
+    "Problem",
+    "Record",
+    "RunState",
+    "Step",
+    "Yogi",
+    "choose_malicious",
+    "load",
+    "play",
+    "problems",
+    "rounds",
+    "save",
+    "start",
+    "visibility",
+]

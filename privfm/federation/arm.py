@@ -1,0 +1,94 @@
+"""An arm: everything about a run but its data, its model and its seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import final
+
+from privfm.checks import fraction, require
+from privfm.contracts import (
+    Attack,
+    Channel,
+    Intake,
+    Reveals,
+    Rule,
+    Sampling,
+    ServerAttack,
+    ServerOptimizer,
+    Transform,
+)
+from privfm.defenses.channels import Plaintext
+from privfm.defenses.mean import Mean
+from privfm.defenses.privacy import DPPlan
+from privfm.defenses.transforms import Chain
+from privfm.federation.optimizers import Average
+from privfm.federation.population import Poisson
+
+
+@final
+@dataclass(frozen=True)
+class Arm:
+    """What the round plays and what `compatibility.problems` judges.
+
+    Args:
+      cohort: who takes part; None under a plan, which samples itself.
+      rule: how updates become one.
+      channel: how they travel.
+      transforms: client steps, then codecs.
+      plan: differential privacy; takes the mean's place.
+      attack: what malicious clients do.
+      malicious: their ids.
+      optimizer: what the server does with the aggregate.
+      server_attack: a curious server.
+      dropout_rate: share of a cohort that is lost at some stage, simulated.
+    """
+
+    cohort: Sampling | None = None
+    rule: Rule = field(default_factory=Mean)
+    channel: Channel = field(default_factory=Plaintext)
+    transforms: tuple[Transform, ...] = ()
+    plan: DPPlan | None = None
+    attack: Attack | None = None
+    malicious: tuple[int, ...] = ()
+    optimizer: ServerOptimizer = field(default_factory=Average)
+    server_attack: ServerAttack | None = None
+    dropout_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        fraction("dropout_rate", self.dropout_rate, zero=True, one=False)
+        require(self.cohort is not None or self.plan is not None, "cohort=None: expected Poisson, FixedSize or a plan")
+
+    @property
+    def sampling(self) -> Sampling:
+        """The plan's own sampling, or the cohort."""
+        if self.plan is not None:
+            return Poisson(self.plan.sample_rate)
+        assert self.cohort is not None  # checked when made
+        return self.cohort
+
+    @property
+    def steps(self) -> Chain:
+        """What an honest client does and a malicious one skips; the plan's clip is the last of it."""
+        own = tuple(transform for transform in self.transforms if not transform.binding)
+        return Chain(own if self.plan is None else (*own, self.plan.clip))
+
+    @property
+    def codecs(self) -> Chain:
+        """What everybody must speak; the server decodes this part only."""
+        return Chain(tuple(transform for transform in self.transforms if transform.binding))
+
+    def intake(self, d: int, rule: Rule) -> Intake:
+        """How the server opens what arrives."""
+        needs = Reveals.EACH if self.server_attack is not None else rule.needs
+        return Intake(self.codecs, d, needs, float("inf") if self.plan is None else self.plan.max_grad_norm)
+
+    def release(self, d: int, population: int) -> Rule:
+        """The rule, or the plan's release in its place.
+
+        Where the server opens rows it clips them itself, to the bound itself; elsewhere codecs may lengthen a row.
+        """
+        if self.plan is None:
+            return self.rule
+        bound = self.plan.max_grad_norm
+        opened = self.channel.reveals is Reveals.EACH
+        return self.plan.release(bound if opened else self.codecs.norm_bound(bound, d), population)

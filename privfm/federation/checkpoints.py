@@ -1,0 +1,107 @@
+"""Checkpoints: safetensors and JSON, no pickle; a kill at any moment leaves the last complete one.
+
+A checkpoint is `checkpoint.json` and the files it names. The files are written first, under names of their own, then
+`checkpoint.json` is replaced in one step; whatever it does not name is left over from an interrupted write and is
+removed by the next save. There is no generator state to keep: seeds are named by their path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from privfm.checks import BrokenCheckpoint
+from privfm.contracts import State
+from privfm.federation.client_states import Chunk, ClientStates
+from privfm.federation.round import RunState
+
+FORMAT = 1
+INDEX = "checkpoint.json"
+
+
+def save(state: RunState, folder: Path) -> RunState:
+    """Writes a checkpoint to `folder`.
+
+    Returns:
+      The same state, with client states that now rest on disk.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    clients = state.clients.written(folder, f"clients-{state.round:06d}")
+    tensors: dict[str, Tensor] = {"model": state.model}
+    tensors |= {f"rule/{name}": value for name, value in state.rule.items()}
+    tensors |= {f"optimizer/{name}": value for name, value in state.optimizer.items()}
+    path = folder / f"state-{state.round:06d}.safetensors"
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+
+    chunks = clients.paths()
+    index = {
+        "format": FORMAT,
+        "round": state.round,
+        "state": path.name,
+        "sha256": {file.name: _digest(file) for file in (path, *chunks)},
+        "clients": {
+            str(client): [chunk.path.name, row] for client, (chunk, row) in clients.index.items() if chunk.path
+        },
+    }
+    _replace(folder / INDEX, json.dumps(index))
+    for file in folder.glob("*.safetensors"):
+        if file.name not in index["sha256"]:  # type: ignore[operator]  # a dict, made above
+            file.unlink()
+    return RunState(state.round, state.model, state.rule, state.optimizer, clients)
+
+
+def load(folder: Path) -> RunState | None:
+    """The state of the last complete checkpoint; None where there is none.
+
+    Raises:
+      BrokenCheckpoint: a file is missing, cut off or changed.
+    """
+    from safetensors.torch import load_file
+
+    if not (folder / INDEX).exists():
+        return None
+    index = _index(folder)
+    for name, digest in index["sha256"].items():
+        if not (folder / name).is_file() or _digest(folder / name) != digest:
+            raise BrokenCheckpoint(f"{folder / name} is missing, cut off or changed; delete {folder} to start anew")
+    parts: dict[str, State] = {"rule": {}, "optimizer": {}}
+    tensors = load_file(folder / index["state"])
+    for name, value in tensors.items():
+        part, _, key = name.partition("/")
+        if key:
+            parts[part][key] = value
+    chunks = {name: Chunk(None, folder / name) for name, _ in index["clients"].values()}
+    clients = {int(client): (chunks[name], row) for client, (name, row) in index["clients"].items()}
+    return RunState(index["round"], tensors["model"], parts["rule"], parts["optimizer"], ClientStates(clients))
+
+
+def _index(folder: Path) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_text())
+        known = index["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError) as reason:
+        raise BrokenCheckpoint(f"{folder / INDEX} cannot be read ({reason}); delete {folder} to start anew") from reason
+    if not known:
+        raise BrokenCheckpoint(f"{folder / INDEX} is of format {index['format']}, this version reads {FORMAT}")
+    return index
+
+
+def _digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old one or the new one, whole."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

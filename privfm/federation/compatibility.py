@@ -1,0 +1,199 @@
+"""Every refusal in the project, as one list of problems, and the table of what goes with what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isinf
+from typing import final
+
+from privfm.contracts import Channel, Reveals, Rule
+from privfm.defenses.mean import Mean
+from privfm.defenses.pre_aggregation import PreAggregation
+from privfm.defenses.privacy import DPPlan
+from privfm.federation.arm import Arm
+from privfm.federation.population import FixedSize, Poisson
+
+Finding = tuple[bool, str, str]
+"""Whether something is wrong, what, and the way out."""
+
+
+@final
+@dataclass(frozen=True)
+class Problem:
+    """Something that must not run.
+
+    Attributes:
+      what: the problem, with names and values.
+      instead: the way out.
+    """
+
+    what: str
+    instead: str
+
+
+def problems(arm: Arm, d: int, population: int) -> list[Problem]:
+    """Everything that is wrong with an arm, purely: nothing is trained, made or asked.
+
+    Args:
+      arm: to be judged.
+      d: trained values.
+      population: number of clients.
+    """
+    judges = (_channel(arm, d, population), _codecs(arm), _rule(arm, population), _plan(arm, population), _attack(arm))
+    return [Problem(what, instead) for judge in judges for wrong, what, instead in judge if wrong]
+
+
+def _channel(arm: Arm, d: int, population: int) -> Iterator[Finding]:
+    """What the rule asks, against what the channel reveals and its key holder grants."""
+    rule, channel = arm.rule, arm.channel
+    name, way = type(rule).__name__, type(channel).__name__
+    yield (
+        rule.needs > channel.reveals,
+        f"{name} needs {rule.needs.name}, {way} reveals only {channel.reveals.name}",
+        f"Mean over {way}, or {name} over a channel that reveals {rule.needs.name}, such as Plaintext",
+    )
+    largest = arm.sampling.largest(population)
+    yield (
+        channel.most_clients is not None and largest > channel.most_clients,
+        f"{way} has head-room for a sum of {channel.most_clients} clients, {arm.sampling} may draw {largest}",
+        f"raise the channel's number of clients to {largest}",
+    )
+    if channel.limits is not None:
+        rows = len(rule.references(rule.init(d), d))
+        yield (
+            rows > channel.limits.max_references,
+            f"{name} shows the key holder of {way} {rows} references, it grants {channel.limits.max_references}",
+            "raise max_references knowingly: each reference measures every client's row",
+        )
+        size = rule.effective_size(round(arm.sampling.expected(population)))
+        yield (
+            size is not None and size < channel.limits.smallest_release,
+            f"{name} releases a sum of effectively {size} clients, {way} at least {channel.limits.smallest_release}",
+            "a rule that averages more clients",
+        )
+
+
+def _codecs(arm: Arm) -> Iterator[Finding]:
+    """What the codecs keep, against what the channel does with encoded rows."""
+    channel, codecs, way = arm.channel, arm.codecs, type(arm.channel).__name__
+    yield (
+        channel.reveals < Reveals.EACH and not codecs.additive,
+        f"{way} adds encoded rows, and decoding a sum of {_names(codecs.parts)} is not the sum of the decodings",
+        "additive codecs, or Plaintext",
+    )
+    yield (
+        channel.reveals is Reveals.GRAM and codecs.similarity is None,
+        f"{way} reveals inner products of encoded rows, and {_names(codecs.parts)} does not keep them",
+        "codecs that scale every length alike",
+    )
+    yield (
+        channel.integers and not codecs.integers,
+        f"{way} carries whole numbers, the last transform gives real ones",
+        "a quantizing codec as the last transform",
+    )
+    binding = [transform.binding for transform in arm.transforms]
+    yield (
+        binding != sorted(binding),
+        f"a client step stands after a codec in {_names(arm.transforms)}",
+        "client steps first, codecs last",
+    )
+
+
+def _rule(arm: Arm, population: int) -> Iterator[Finding]:
+    """The rule, against the cohort it will meet."""
+    rule = arm.rule
+    size = arm.cohort.size if isinstance(arm.cohort, FixedSize) else 0
+    yield (
+        size > population,
+        f"size={size}: the population has {population} clients",
+        f"a cohort of at most {population}",
+    )
+    expected = int(arm.sampling.expected(population))
+    yield (arm.plan is None and expected < rule.smallest_cohort, rule.cohort_message(expected), "as it says")
+    inner: Rule = rule
+    while isinstance(inner, PreAggregation):
+        inner = inner.inner
+        yield (
+            inner.keyed,
+            f"{type(inner).__name__} remembers clients, and rows mixed by {type(rule).__name__} belong to none",
+            f"{type(inner).__name__} alone",
+        )
+
+
+def _plan(arm: Arm, population: int) -> Iterator[Finding]:
+    """What would make epsilon a lie."""
+    plan = arm.plan
+    if plan is None:
+        return
+    name = type(arm.rule).__name__
+    yield (
+        not isinstance(arm.rule, Mean),
+        f"{name} under a central plan has no bounded sensitivity",
+        "Mean (the plan puts its noisy sum in the mean's place), or no plan",
+    )
+    yield (
+        arm.cohort is not None and arm.cohort != Poisson(plan.sample_rate),
+        f"the plan samples each client at {plan.sample_rate}, the cohort is {arm.cohort}",
+        "leave the cohort out: the plan is accounted for its own sampling",
+    )
+    yield (
+        isinf(arm.codecs.norm_bound(plan.max_grad_norm, 1)),
+        f"{_names(arm.codecs.parts)} can lengthen a clipped update without bound",
+        "codecs with a norm bound",
+    )
+    yield (
+        plan.delta >= 1 / population,
+        f"delta={plan.delta:g} >= 1/N = {1 / population:g}: publishing one client whole would satisfy it",
+        f"delta below {1 / population:g}, better {population**-1.1:.1g}",
+    )
+
+
+def _attack(arm: Arm) -> Iterator[Finding]:
+    """The attack, against who carries it out."""
+    yield (
+        arm.attack is not None and not arm.malicious,
+        f"{arm.attack} has nobody to carry it out",
+        "name malicious clients, or leave the attack out",
+    )
+    yield (
+        arm.attack is None and bool(arm.malicious),
+        f"{len(arm.malicious)} malicious clients have no attack",
+        "name an attack, or leave the malicious clients out",
+    )
+
+
+def _names(parts: tuple[object, ...]) -> str:
+    return ", ".join(type(part).__name__ for part in parts) or "no codec"
+
+
+@final
+@dataclass(frozen=True)
+class Combination:
+    """One row of the compatibility table.
+
+    Attributes:
+      rule: class name.
+      channel: class name.
+      plan: under a central plan or not.
+      refused: why not; empty when it runs.
+    """
+
+    rule: str
+    channel: str
+    plan: bool
+    refused: str
+
+
+def table(rules: list[Rule], channels: list[Channel]) -> list[Combination]:
+    """What goes with what: each rule over each channel, with and without a plan."""
+    population, d = 1000, 1000
+    plan = DPPlan(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1, delta=1e-4)
+    rows = []
+    for rule in rules:
+        for channel in channels:
+            for own in (None, plan):
+                arm = Arm(cohort=None if own else Poisson(0.1), rule=rule, channel=channel, plan=own)
+                refused = "; ".join(problem.what for problem in problems(arm, d, population))
+                rows.append(Combination(type(rule).__name__, type(channel).__name__, own is not None, refused))
+    return rows

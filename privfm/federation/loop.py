@@ -1,0 +1,81 @@
+"""Rounds as a generator that a script iterates over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import final
+
+from privfm.checks import InvalidArgument, RoundFailed, at_least
+from privfm.contracts import Metric
+from privfm.federation.client_states import ClientStates
+from privfm.federation.compatibility import problems
+from privfm.federation.record import Record
+from privfm.federation.round import Federation, RunState, play
+
+MAX_SKIPPED = 10
+"""Rounds that may be skipped in a row before a run is given up: by then it is the setting, not chance."""
+
+
+@final
+@dataclass(frozen=True)
+class Step:
+    """One played round.
+
+    Attributes:
+      state: after it; what a checkpoint holds.
+      record: what happened.
+      metrics: of the validation split, in rounds that were evaluated.
+    """
+
+    state: RunState
+    record: Record
+    metrics: dict[str, Metric] | None
+
+
+def start(federation: Federation) -> RunState:
+    """The state before the first round.
+
+    Raises:
+      InvalidArgument: the arm's parts do not fit together; every problem is named with its way out.
+    """
+    arm, d, size = federation.arm, federation.learner.d, federation.clients.size
+    found = problems(arm, d, size)
+    if found:
+        raise InvalidArgument("; ".join(f"{problem.what} (instead: {problem.instead})" for problem in found))
+    rule = arm.release(d, size)
+    return RunState(0, federation.learner.initial(), rule.init(d), arm.optimizer.init(d), ClientStates({}))
+
+
+def rounds(
+    federation: Federation,
+    until: int,
+    state: RunState | None = None,
+    evaluate_every: int = 1,
+    max_skipped: int = MAX_SKIPPED,
+) -> Iterator[Step]:
+    """Plays rounds up to number `until`.
+
+    Args:
+      federation: the run.
+      until: rounds in all, those already in `state` included.
+      state: to go on from; None starts anew.
+      evaluate_every: rounds between evaluations on the validation split; the last round is always evaluated.
+      max_skipped: rounds skipped in a row after which the run ends.
+
+    Raises:
+      InvalidArgument: the arm's parts do not fit together; raised before any training.
+      RoundFailed: more than `max_skipped` rounds in a row were skipped.
+    """
+    at_least("until", until, 1)
+    at_least("evaluate_every", evaluate_every, 1)
+    fresh = start(federation)
+    state = fresh if state is None else state
+    in_a_row = 0
+    while state.round < until:
+        state, record = play(federation, state)
+        in_a_row = in_a_row + 1 if record.skipped else 0
+        if in_a_row > max_skipped:
+            raise RoundFailed(f"{in_a_row} rounds in a row were skipped, the last because: {record.skipped}")
+        due = state.round % evaluate_every == 0 or state.round == until
+        yield Step(state, record, federation.learner.evaluate(state.model, "validation") if due else None)

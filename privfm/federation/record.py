@@ -1,0 +1,77 @@
+"""One flat row a round, and who may see which of its fields."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, final
+
+from privfm.contracts import Metric
+
+Visibility = Literal["released", "public", "private"]
+
+
+def _shown(visibility: Visibility) -> Any:
+    return field(metadata={"visibility": visibility})
+
+
+@final
+@dataclass(frozen=True)
+class Record:
+    """What happened in one round. Units are in the names.
+
+    `released` fields follow from released models and public settings, so a plan's guarantee covers them; `public` ones
+    are settings; `private` ones are simulation diagnostics that depend on who took part or on un-noised updates.
+
+    Attributes:
+      round: counted from 0.
+      cohort: clients sampled.
+      malicious: of them, attackers.
+      arrived: usable rows.
+      bad: rows left out as non-finite or malformed.
+      failed: clients whose training raised.
+      kept: clients with a weight above zero; None where a row has no one weight.
+      kept_malicious: of them, attackers.
+      skipped: why the round was skipped; empty when it was played.
+      update_norm_median: L2 norm of a trained update before any step.
+      bytes_up: all replies together.
+      bytes_up_per_client: replies of a client that answered every stage, on average.
+      bytes_down_per_client: the model and the requests of every stage.
+      seconds_training: local training and client steps.
+      seconds_aggregation: everything else in the round.
+    """
+
+    round: int = _shown("public")
+    cohort: int = _shown("private")
+    malicious: int = _shown("private")
+    arrived: int = _shown("private")
+    bad: int = _shown("private")
+    failed: int = _shown("private")
+    kept: int | None = _shown("private")
+    kept_malicious: int | None = _shown("private")
+    skipped: str = _shown("private")
+    update_norm_median: float | None = _shown("private")
+    bytes_up: int = _shown("private")
+    bytes_up_per_client: float = _shown("public")
+    bytes_down_per_client: float = _shown("public")
+    seconds_training: float = _shown("private")
+    seconds_aggregation: float = _shown("private")
+    leaked: dict[str, float] = _shown("private")
+
+    def row(self, metrics: dict[str, Metric] | None, primary: str, prefix: str) -> dict[str, float | int | str | None]:
+        """Flat, for one line of JSON; the metrics of an evaluated round carry the split's name as prefix."""
+        row: dict[str, float | int | str | None] = {k: v for k, v in asdict(self).items() if k != "leaked"}
+        row |= {f"leaked/{name}": value for name, value in self.leaked.items()}
+        row["utility"] = None if metrics is None else metrics[primary].value
+        return row | {f"{prefix}/{name}": metric.value for name, metric in (metrics or {}).items()}
+
+
+VISIBILITY: dict[str, Visibility] = {item.name: item.metadata["visibility"] for item in fields(Record)} | {
+    "utility": "released"
+}
+
+
+def visibility(name: str) -> Visibility:
+    """Of a field of a round's row. Metrics are evaluations of released models; what is unknown is private."""
+    if name.startswith(("validation/", "test/")):
+        return "released"
+    return VISIBILITY.get(name, "private")

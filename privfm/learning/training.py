@@ -1,0 +1,153 @@
+"""Local training: what one client does with the model it receives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Generator, Tensor, nn
+
+from privfm.checks import at_least, fraction, non_negative, positive, require
+from privfm.contracts import Examples, LocalTraining
+
+Losses = Callable[[Examples], Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a client trains: whole epochs, or exactly `steps` steps over reshuffled epochs.
+
+    Args:
+      batch_size: examples a step; a client with fewer uses all of them.
+      epochs: passes over the client's data, used when `steps` is None.
+      steps: local steps.
+    """
+
+    batch_size: int = 32
+    epochs: int = 1
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        at_least("batch_size", self.batch_size, 1)
+        at_least("epochs", self.epochs, 1)
+        if self.steps is not None:
+            at_least("steps", self.steps, 1)
+
+    def batches(self, n: int, generator: Generator) -> Iterator[Tensor]:
+        """Places `(<= batch_size,)` of each step's examples among n, in a fresh order every epoch."""
+        done = 0
+        epoch = 0
+        while self.steps is not None or epoch < self.epochs:
+            for places in torch.split(torch.randperm(n, generator=generator), self.batch_size):
+                if done == self.steps:
+                    return
+                yield places
+                done += 1
+            epoch += 1
+
+
+@final
+@dataclass(frozen=True)
+class SGD(LocalTraining):
+    """Stochastic gradient descent.
+
+    Args:
+      learning_rate: step size.
+      schedule: how long.
+      momentum: of this client's own steps; forgotten afterwards.
+    """
+
+    learning_rate: float
+    schedule: Schedule = Schedule()
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive("learning_rate", self.learning_rate)
+        fraction("momentum", self.momentum, zero=True, one=False)
+
+    def run(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        losses: Losses,
+        examples: Examples,
+        generator: Generator,
+    ) -> nn.Module:
+        optimizer = torch.optim.SGD(list(parameters.values()), lr=self.learning_rate, momentum=self.momentum)
+        _descend(optimizer, self.schedule, losses, examples, generator)
+        return module
+
+
+@final
+@dataclass(frozen=True)
+class AdamW(LocalTraining):
+    """Adam with decoupled weight decay; its state is forgotten after every round.
+
+    Args:
+      learning_rate: step size.
+      schedule: how long.
+      weight_decay: pull to zero a step, in units of the learning rate.
+
+    Source: Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.
+    """
+
+    learning_rate: float
+    schedule: Schedule = Schedule()
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        positive("learning_rate", self.learning_rate)
+        non_negative("weight_decay", self.weight_decay)
+
+    def run(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        losses: Losses,
+        examples: Examples,
+        generator: Generator,
+    ) -> nn.Module:
+        optimizer = torch.optim.AdamW(list(parameters.values()), lr=self.learning_rate, weight_decay=self.weight_decay)
+        _descend(optimizer, self.schedule, losses, examples, generator)
+        return module
+
+
+@final
+@dataclass(frozen=True)
+class OwnTraining(LocalTraining):
+    """Somebody's own training loop: `(model, examples) -> model`.
+
+    `examples` is a map-style torch data set of `{name: tensor}` with `labels`, so a Hugging Face Trainer takes it as it
+    is. The callable runs with torch's global generators seeded for the client and the round.
+
+    Args:
+      function: trains the model in place and returns it, or returns another one with the same trained parameters.
+    """
+
+    function: Callable[[nn.Module, Examples], nn.Module]
+
+    def run(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        losses: Losses,
+        examples: Examples,
+        generator: Generator,
+    ) -> nn.Module:
+        trained = self.function(module, examples)
+        require(
+            isinstance(trained, nn.Module),
+            f"the training function returned a {type(trained).__name__}, expected the trained model",
+        )
+        return trained
+
+
+def _descend(
+    optimizer: torch.optim.Optimizer, schedule: Schedule, losses: Losses, examples: Examples, generator: Generator
+) -> None:
+    for places in schedule.batches(len(examples), generator):
+        optimizer.zero_grad()
+        losses(examples.take(places)).mean().backward()  # type: ignore[no-untyped-call]  # torch's own
+        optimizer.step()
