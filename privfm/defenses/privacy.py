@@ -249,8 +249,8 @@ def _solve(epsilon_of: Callable[[float], float], epsilon: float, low: float, hig
 
     if excess(log(high)) > 0:
         raise InvalidArgument(f"epsilon={epsilon!r} cannot be met with a noise multiplier up to {high:g}")
-    if excess(log(low)) < 0:
-        return low
+    while excess(log(low)) < 0:
+        low *= 0.75
     return exp(float(brentq(excess, log(low), log(high), xtol=1e-4)))
 
 

@@ -38,7 +38,9 @@ def save(state: RunState, folder: Path) -> RunState:
     tensors |= {f"rule/{name}": value for name, value in state.rule.items()}
     tensors |= {f"optimizer/{name}": value for name, value in state.optimizer.items()}
     path = folder / f"state-{state.round:06d}.safetensors"
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+    part = path.with_suffix(".part")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, part)
+    part.replace(path)
 
     chunks = clients.paths()
     index = {

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from time import perf_counter
 from typing import final
 
-from privfm.checks import InvalidArgument, RoundFailed, at_least
+from privfm.checks import RoundFailed, at_least, require
 from privfm.contracts import Metric
 from privfm.federation.client_states import ClientStates
 from privfm.federation.compatibility import problems
@@ -26,24 +27,30 @@ class Step:
       state: after it; what a checkpoint holds.
       record: what happened.
       metrics: of the validation split, in rounds that were evaluated.
+      seconds_evaluation: spent on them.
     """
 
     state: RunState
     record: Record
     metrics: dict[str, Metric] | None
+    seconds_evaluation: float
+
+
+def refuse_problems(federation: Federation) -> None:
+    """Raises `InvalidArgument` with everything that `compatibility.problems` lists, each with its way out."""
+    found = problems(federation.arm, federation.learner.d, federation.clients.size)
+    require(not found, "; ".join(f"{problem.what} (instead: {problem.instead})" for problem in found))
 
 
 def start(federation: Federation) -> RunState:
     """The state before the first round.
 
     Raises:
-      InvalidArgument: the arm's parts do not fit together; every problem is named with its way out.
+      InvalidArgument: the arm's parts do not fit together.
     """
-    arm, d, size = federation.arm, federation.learner.d, federation.clients.size
-    found = problems(arm, d, size)
-    if found:
-        raise InvalidArgument("; ".join(f"{problem.what} (instead: {problem.instead})" for problem in found))
-    rule = arm.release(d, size)
+    refuse_problems(federation)
+    arm, d = federation.arm, federation.learner.d
+    rule = arm.release(d, federation.clients.size)
     return RunState(0, federation.learner.initial(), rule.init(d), arm.optimizer.init(d), ClientStates({}))
 
 
@@ -78,4 +85,6 @@ def rounds(
         if in_a_row > max_skipped:
             raise RoundFailed(f"{in_a_row} rounds in a row were skipped, the last because: {record.skipped}")
         due = state.round % evaluate_every == 0 or state.round == until
-        yield Step(state, record, federation.learner.evaluate(state.model, "validation") if due else None)
+        began = perf_counter()
+        metrics = federation.learner.evaluate(state.model, "validation") if due else None
+        yield Step(state, record, metrics, perf_counter() - began)

@@ -36,6 +36,8 @@ class Record:
       bytes_up: all replies together.
       bytes_up_per_client: replies of a client that answered every stage, on average.
       bytes_down_per_client: the model and the requests of every stage.
+      channel_error_relative_l2: L2 distance of the channel's sum from the plain sum of the same rows, over the latter's
+        norm; None where rows are revealed or a client was lost after it had sent.
       seconds_training: local training and client steps.
       seconds_aggregation: everything else in the round.
     """
@@ -50,6 +52,7 @@ class Record:
     kept_malicious: int | None = _shown("private")
     skipped: str = _shown("private")
     update_norm_median: float | None = _shown("private")
+    channel_error_relative_l2: float | None = _shown("private")
     bytes_up: int = _shown("private")
     bytes_up_per_client: float = _shown("public")
     bytes_down_per_client: float = _shown("public")
@@ -57,12 +60,15 @@ class Record:
     seconds_aggregation: float = _shown("private")
     leaked: dict[str, float] = _shown("private")
 
-    def row(self, metrics: dict[str, Metric] | None, primary: str, prefix: str) -> dict[str, float | int | str | None]:
-        """Flat, for one line of JSON; the metrics of an evaluated round carry the split's name as prefix."""
+    def row(
+        self, metrics: dict[str, Metric] | None, primary: str, split: str, seconds_evaluation: float
+    ) -> dict[str, float | int | str | None]:
+        """Flat, for one line of JSON; metrics of an evaluated round carry the split's name as prefix."""
         row: dict[str, float | int | str | None] = {k: v for k, v in asdict(self).items() if k != "leaked"}
         row |= {f"leaked/{name}": value for name, value in self.leaked.items()}
+        row["seconds_evaluation"] = seconds_evaluation
         row["utility"] = None if metrics is None else metrics[primary].value
-        return row | {f"{prefix}/{name}": metric.value for name, metric in (metrics or {}).items()}
+        return row | {f"{split}/{name}": metric.value for name, metric in (metrics or {}).items()}
 
 
 VISIBILITY: dict[str, Visibility] = {item.name: item.metadata["visibility"] for item in fields(Record)} | {

@@ -22,6 +22,7 @@ from privfm.contracts import (
     Knows,
     Learner,
     MatrixView,
+    Reveals,
     Rule,
     State,
     UpdateAttack,
@@ -93,6 +94,7 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
         kept_malicious=None if kept is None else len(set(kept) & set(way.malicious)),
         skipped=skipped,
         update_norm_median=median(way.norms) if way.norms else None,
+        channel_error_relative_l2=way.channel_error(view),
         bytes_up=traffic.up,
         bytes_up_per_client=traffic.up_per_client,
         bytes_down_per_client=traffic.down_per_client + learner.d * torch.float32.itemsize,
@@ -129,6 +131,8 @@ class Way:
         attack = federation.arm.attack
         level = attack.needs if isinstance(attack, UpdateAttack) else Knows.OWN
         self._known = Knowledge(level, len(cohort), self._imagined)
+        self._plain_sum = torch.zeros((), dtype=torch.float64)
+        self._summed: set[int] = set()
 
     def sealed(self, asked: Sequence[int]) -> Mapping[int, Encoded]:
         """Encoded rows of a batch of clients, all honest or all malicious; those that failed are missing."""
@@ -144,11 +148,22 @@ class Way:
         encoded, _ = arm.codecs.encode(rows, {}, seeds.clients("codecs", now, ids))
         if attack is None and self._known.level > Knows.OWN:
             self._known.add(arm.codecs.decode(encoded, rows.shape[1]))
+        self._plain_sum = self._plain_sum + encoded.rows.double().sum(0)
+        self._summed |= set(ids)
         self.seconds += perf_counter() - began
         return {
             client: Encoded(encoded.rows[k : k + 1], {name: side[k : k + 1] for name, side in encoded.side.items()})
             for k, client in enumerate(ids)
         }
+
+    def channel_error(self, view: WatchedView) -> float | None:
+        """See `Record.channel_error_relative_l2`; a simulation knows what was sent."""
+        vectors = view.seen.vectors
+        if view.reveals is not Reveals.SUM or not vectors or set(view.ids) != self._summed:
+            return None
+        d = len(self._state.model)
+        plain = self._federation.arm.intake(d, self._rule).total(self._plain_sum)
+        return float((vectors[0].double() - plain).norm() / plain.norm())
 
     def _trained(self, asked: Sequence[int], attack: Attack | None) -> tuple[list[int], Tensor]:
         """Clients whose training went well, and their updates `(k, d)`."""

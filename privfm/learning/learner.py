@@ -1,4 +1,4 @@
-"""The learner: one model, its state swapped in place from client to client."""
+"""The learner: one model, its state swapped in place from client to client, and the data beside it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Generator, Tensor, nn
 
-from privfm.checks import require
+from privfm.checks import InvalidArgument, require
 from privfm.contracts import (
     BuiltModel,
     Examples,
@@ -22,43 +22,85 @@ from privfm.contracts import (
     Trained,
 )
 from privfm.learning.tasks import IGNORED, CausalLM
-from privfm.learning.trunk import Activations, Trunk, first_trained, trimmed
+from privfm.learning.trunk import Activations, Trunk, content_digest, embeddings_trained, first_trained, trimmed
 from privfm.randomness import seeded
 from privfm.vectors import Layout
 
 
-def prepare(table: Table, built: BuiltModel, task: Task) -> Examples:
-    """A whole table as the model's inputs and the task's labels, in the order of the table.
+@final
+class Workbench:
+    """A model and a table made ready for each other once, for any number of learners one after the other.
 
-    Raises:
-      InvalidArgument: the model and the data do not fit.
+    Args:
+      built: the model; what of it requires gradients is trained.
+      task: decides what the labels are.
+      table: all examples.
+      device: where the model runs; update vectors and activations rest on the CPU.
+      folder: where the activations below the first trained layer are kept, in a file that is named by the content of
+        the model's frozen part and of the inputs and shared by every process that asks for it; None: in memory.
+
+    Attributes:
+      everything: all examples of the table, in order.
+      initial: the model before any training, `(d,)`.
     """
-    rows = torch.arange(len(table))
-    if isinstance(table.inputs, Tensor):
-        require(built.tokenize is None, "the model reads text, the data are images")
-        return Examples({"pixel_values": table.inputs}, table.labels, rows)
-    require(built.tokenize is not None, "the model reads images, the data are text")
-    assert built.tokenize is not None  # for the type checker
-    inputs = built.tokenize(table.inputs)
-    labels = table.labels
-    if isinstance(task, CausalLM):
-        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
-    return Examples(inputs, labels, rows)
+
+    def __init__(
+        self, built: BuiltModel, task: Task, table: Table, device: str = "cpu", folder: Path | None = None
+    ) -> None:
+        self.built, self.task, self.label_names = built, task, table.label_names
+        self.everything = _examples(table, built, task)
+        self.device = torch.device(device)
+        self.module = built.module.to(self.device)
+        self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        require(bool(self.parameters), "nothing is trained: the model has no parameter that requires gradients")
+        self.layout = Layout.of(self.parameters)
+        self.initial = self.layout.flatten(self.parameters).cpu()
+        self.trunk: Trunk | None = None
+        first = first_trained(built.layers)
+        if first > 0 and not embeddings_trained(self.module):
+            self.trunk = Trunk(self.module, built.layers, first)
+            path = None if folder is None else folder / f"{content_digest(built.module, self.everything)}.activations"
+            self.activations = Activations.of(self.trunk, self.everything, self.device, path)
+
+    def load(self, model: Tensor) -> nn.Module:
+        """The module with `model (d,)` loaded."""
+        with torch.no_grad():
+            for name, value in self.layout.unflatten(model).items():
+                self.parameters[name].copy_(value)
+                self.parameters[name].grad = None
+        return self.module
+
+    def logits(self, examples: Examples) -> Tensor:
+        """Logits under the loaded weights, from known activations where they apply; `examples` are trimmed."""
+        inputs = {name: value.to(self.device) for name, value in examples.inputs.items()}
+        if self.trunk is None or examples.rows is None:
+            output: Any = self.module(**inputs)
+        else:
+            mask = inputs.get("attention_mask")
+            known = self.activations.batch(examples.rows, None if mask is None else mask.shape[1])
+            output = self.trunk.resume(inputs, known.to(self.device))
+        logits: Tensor = getattr(output, "logits", output)
+        return logits
+
+    def losses(self, examples: Examples) -> Tensor:
+        """Loss of every example under the loaded weights, `(b,)`."""
+        batch = trimmed(examples)
+        return self.task.losses(self.logits(batch), batch.labels.to(self.device))
+
+    def save(self, model: Tensor, folder: Path) -> None:
+        """Writes the model to a folder: for adapters, what `PeftModel.from_pretrained` loads."""
+        self.load(model)
+        self.built.save(folder)
 
 
 @final
 class ModelLearner(Learner):
-    """Trains and evaluates one torch model for all clients.
+    """Trains and evaluates one torch model for all clients, its state swapped in place.
 
     Args:
-      built: the model; what of it requires gradients is trained.
-      task: loss and metrics.
-      everything: all examples of the table, as `prepare` returns them.
+      bench: model and data.
       splits: rows of the table by split.
-      label_names: by label.
       training: what one client does.
-      device: where the model runs; update vectors stay on the CPU.
-      activations: file for the activations below the first trained layer, shared by processes; None: in memory.
       label_mix: `(clients, labels)` examples of each label at each client, for the worst-decile client; None: not
         reported.
       batch_size: examples evaluated at once.
@@ -66,128 +108,92 @@ class ModelLearner(Learner):
 
     def __init__(
         self,
-        *,
-        built: BuiltModel,
-        task: Task,
-        everything: Examples,
+        bench: Workbench,
         splits: Mapping[Split, Tensor],
-        label_names: Sequence[str],
         training: LocalTraining,
-        device: str = "cpu",
-        activations: Path | None = None,
         label_mix: Tensor | None = None,
         batch_size: int = 64,
     ) -> None:
-        self.built, self.task, self.everything, self.splits = built, task, everything, splits
-        self.label_names, self.training, self.label_mix = tuple(label_names), training, label_mix
-        self._device, self._batch_size = torch.device(device), batch_size
-        self._module = built.module.to(self._device)
-        self._parameters = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
-        require(bool(self._parameters), "nothing is trained: the model has no parameter that requires gradients")
-        self.layout = Layout.of(self._parameters)
-        self._initial = self.layout.flatten(self._parameters).cpu()
-        first = first_trained(built.layers)
-        below = all(not p.requires_grad for p in _below(self._module, built.layers))
-        self._trunk = Trunk(self._module, built.layers, first) if first > 0 and below else None
-        self._activations = (
-            Activations.of(self._trunk, everything, self._device, activations) if self._trunk is not None else None
-        )
+        self.bench, self.splits, self.training, self.label_mix = bench, splits, training, label_mix
+        self._batch_size = batch_size
 
     @property
     def d(self) -> int:
-        return self.layout.d
+        return self.bench.layout.d
 
     def initial(self) -> Tensor:
-        return self._initial.clone()
+        return self.bench.initial.clone()
+
+    def labels(self, split: Split) -> Tensor:
+        """Labels of a split."""
+        return self.bench.everything.labels[self.splits[split]]
 
     def train(self, model: Tensor, batch: Sequence[Examples], generators: Sequence[Generator]) -> Trained:
+        bench = self.bench
         rows = torch.full((len(batch), self.d), torch.nan)
         failed: dict[int, str] = {}
         for place, (examples, generator) in enumerate(zip(batch, generators, strict=True)):
-            self.load(model)
+            module = bench.load(model)
             try:
                 with seeded(generator):
-                    trained = self.training.run(
-                        self._module, self._parameters, self.losses, self._here(examples), generator
-                    )
+                    trained = self.training.run(module, bench.parameters, bench.losses, examples, generator)
                 rows[place] = self._vector(trained) - model
-            except Exception as reason:  # whatever a client's own code raises is this client's loss
+            except Exception as reason:  # whatever a client's own code raises is this client's loss, not the round's
                 failed[place] = f"{type(reason).__name__}: {reason}"
         return Trained(rows, failed)
 
     def evaluate(self, model: Tensor, split: Split) -> dict[str, Metric]:
         rows = self.splits[split]
         require(len(rows) > 0, f"the split {split!r} is empty")
-        self.load(model)
-        examples = self.everything.take(rows)
-        parts: list[dict[str, Tensor]] = []
+        bench = self.bench
+        bench.load(model)
+        examples = bench.everything.take(rows)
         order = _by_length(examples)
+        parts: list[dict[str, Tensor]] = []
         with torch.no_grad():
             for places in torch.split(order, self._batch_size):
-                batch = trimmed(self._here(examples.take(places)))
-                parts.append({k: v.cpu() for k, v in self.task.score(self._logits(batch), batch.labels).items()})
+                batch = trimmed(examples.take(places))
+                scores = bench.task.score(bench.logits(batch), batch.labels.to(bench.device))
+                parts.append({name: value.cpu() for name, value in scores.items()})
         back = order.argsort()
         scores = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
-        metrics = self.task.summarise(scores, examples.labels, self.label_names)
+        metrics = bench.task.summarise(scores, examples.labels, bench.label_names)
         if self.label_mix is not None:
-            metrics["worst_decile_client_accuracy"] = self._worst_decile(metrics)
+            metrics["worst_decile_client_accuracy"] = self._worst_decile(metrics, self.label_mix)
         return metrics
 
-    def losses(self, examples: Examples) -> Tensor:
-        """Loss of every example under the present weights, `(b,)`."""
-        batch = trimmed(examples)
-        return self.task.losses(self._logits(batch), batch.labels)
-
-    def load(self, model: Tensor) -> nn.Module:
-        """The module with `model (d,)` loaded."""
-        with torch.no_grad():
-            for name, value in self.layout.unflatten(model).items():
-                self._parameters[name].copy_(value)
-                self._parameters[name].grad = None
-        return self._module
-
-    def save(self, model: Tensor, folder: Path) -> None:
-        """Writes the model to a folder: for adapters, what `PeftModel.from_pretrained` loads."""
-        self.load(model)
-        self.built.save(folder)
-
-    def _here(self, examples: Examples) -> Examples:
-        inputs = {name: value.to(self._device) for name, value in examples.inputs.items()}
-        return Examples(inputs, examples.labels.to(self._device), examples.rows)
-
-    def _logits(self, batch: Examples) -> Tensor:
-        if self._trunk is None or self._activations is None or batch.rows is None:
-            output: Any = self._module(**batch.inputs)
-        else:
-            mask = batch.inputs.get("attention_mask")
-            known = self._activations.batch(batch.rows, None if mask is None else mask.shape[1])
-            output = self._trunk.resume(batch.inputs, known.to(self._device))
-        logits: Tensor = getattr(output, "logits", output)
-        return logits
-
     def _vector(self, module: nn.Module) -> Tensor:
-        if module is self._module:
-            return self.layout.flatten(self._parameters).cpu()
-        own = dict(module.named_parameters())
-        return self.layout.flatten({name: own[name] for name in self.layout.names if name in own}).cpu()
+        layout = self.bench.layout
+        if module is self.bench.module:
+            return layout.flatten(self.bench.parameters).cpu()
+        own = dict(module.named_parameters())  # somebody's training loop returned another module
+        return layout.flatten({name: own[name] for name in layout.names if name in own}).cpu()
 
-    def _worst_decile(self, metrics: Mapping[str, Metric]) -> Metric:
+    def _worst_decile(self, metrics: Mapping[str, Metric], label_mix: Tensor) -> Metric:
         """Mean over the worst tenth of clients of the accuracy under each client's own label mix."""
-        assert self.label_mix is not None
-        found = [metrics.get(f"accuracy/{name}") for name in self.label_names]  # a small split may miss a label
+        found = [metrics.get(f"accuracy/{name}") for name in self.bench.label_names]  # a small split may miss a label
         by_label = torch.tensor([0.0 if metric is None else metric.value for metric in found])
-        mix = self.label_mix.float() * torch.tensor([metric is not None for metric in found])
+        mix = label_mix.float() * torch.tensor([metric is not None for metric in found])
         clients = (mix @ by_label) / mix.sum(1).clamp(min=1)
         worst = clients.sort().values[: max(1, len(clients) // 10)]
-        return Metric(float(worst.mean()), len(worst), True, "share", None)
+        return Metric(float(worst.mean()), len(worst), True, "share")
+
+
+def _examples(table: Table, built: BuiltModel, task: Task) -> Examples:
+    """A whole table as the model's inputs and the task's labels, in the order of the table."""
+    rows = torch.arange(len(table))
+    if isinstance(table.inputs, Tensor):
+        require(built.tokenize is None, "the model reads text, the data are images")
+        return Examples({"pixel_values": table.inputs}, table.labels, rows)
+    if built.tokenize is None:
+        raise InvalidArgument("the model reads images, the data are text")
+    inputs = built.tokenize(table.inputs)
+    labels = table.labels
+    if isinstance(task, CausalLM):
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
+    return Examples(inputs, labels, rows)
 
 
 def _by_length(examples: Examples) -> Tensor:
     mask = examples.inputs.get("attention_mask")
     return torch.arange(len(examples)) if mask is None else mask.sum(1).argsort(stable=True)
-
-
-def _below(module: nn.Module, layers: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """Parameters of the embeddings: what runs before the first block and is neither a block nor a head."""
-    embeddings = [part for name, part in module.named_modules() if name.rsplit(".", 1)[-1].startswith("embed")]
-    return [parameter for part in embeddings for parameter in part.parameters()]

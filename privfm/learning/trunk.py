@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, final
 
@@ -28,6 +29,22 @@ def first_trained(layers: Sequence[nn.Module]) -> int:
     """Place of the lowest block with a trained parameter; the number of blocks when none has one."""
     trained = [any(p.requires_grad for p in block.parameters()) for block in layers]
     return trained.index(True) if True in trained else len(layers)
+
+
+def embeddings_trained(module: nn.Module) -> bool:
+    """Whether a parameter below the first block is trained, so that nothing may be cached."""
+    parts = [part for name, part in module.named_modules() if name.rsplit(".", 1)[-1].startswith("embed")]
+    return any(parameter.requires_grad for part in parts for parameter in part.parameters())
+
+
+def content_digest(module: nn.Module, everything: Examples) -> str:
+    """SHA-256 of a model's frozen values and of all inputs: what activations depend on."""
+    digest = sha256(f"{torch.__version__}".encode())
+    frozen = {name: value for name, value in module.named_parameters() if not value.requires_grad}
+    for name, value in sorted({**frozen, **everything.inputs}.items()):
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
 
 
 def trimmed(examples: Examples) -> Examples:

@@ -1,0 +1,6 @@
+"""How rows travel: what the server learns of them, and what that costs."""
+
+from privfm.defenses.channels.ckks import CKKS
+from privfm.defenses.channels.plaintext import Plaintext
+
+__all__ = ["CKKS", "Plaintext"]

@@ -1,0 +1,110 @@
+"""Rows in the clear: what every other channel is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from privfm.checks import BrokenEnvelope
+from privfm.contracts import Channel, Encoded, Exchange, Intake, MatrixView, Memory, Reveals, Update, View
+from privfm.defenses.views import SumView
+
+_SIDE = "side/"
+
+
+@final
+@dataclass(frozen=True)
+class Plaintext(Channel):
+    """Every client sends its row, and its side information, as safetensors bytes; the server sees all of it.
+
+    | reply                                             | result                           |
+    |---------------------------------------------------|----------------------------------|
+    | none                                              | a drop-out                       |
+    | unparsable, wrong keys, width or type, not finite | left out and counted in `bad`    |
+    | longer than the plan's clip                       | clipped again (`intake.row`)     |
+
+    Cost: 4 bytes a parameter and client. A rule that needs only the sum costs one float64 row of server memory,
+    whatever the cohort: rows are added as they come. Any other rule costs n float32 rows.
+    """
+
+    reveals = Reveals.EACH
+    client_stages = ("update",)
+
+    def reply(self, party: int, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
+        return memory, packed(update())
+
+    def collect(self, cohort: Sequence[int], intake: Intake, exchange: Exchange) -> View:
+        replies = _opened(exchange("update", dict.fromkeys(cohort, b"")), intake)
+        return _sum(replies, intake.d) if intake.needs == Reveals.SUM else _matrix(replies, intake.d)
+
+
+def packed(encoded: Encoded) -> bytes:
+    """One client's row `(1, w)` and side information as safetensors bytes."""
+    from safetensors.torch import save
+
+    tensors = {"rows": encoded.rows, **{_SIDE + name: value for name, value in encoded.side.items()}}
+    return save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+
+
+def unpacked(message: bytes, width: int) -> Encoded:
+    """The inverse of `packed`.
+
+    Args:
+      message: what a client sent.
+      width: columns its row must have on the wire.
+
+    Raises:
+      BrokenEnvelope: the message is no safetensors file, or holds anything but one row and side information.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(message)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise BrokenEnvelope(f"an update of {len(message)} bytes is no safetensors file: {error}") from error
+    rows = tensors.pop("rows", None)
+    if rows is None or rows.shape != (1, width):
+        raise BrokenEnvelope(f"rows of shape {None if rows is None else tuple(rows.shape)}, expected (1, {width})")
+    foreign = [name for name in tensors if not name.startswith(_SIDE)]
+    if foreign:
+        raise BrokenEnvelope(f"an update holds {', '.join(sorted(foreign))} besides rows and side information")
+    return Encoded(rows, {name.removeprefix(_SIDE): value for name, value in tensors.items()})
+
+
+def _opened(replies: Iterator[tuple[int, bytes]], intake: Intake) -> Iterator[tuple[int, Tensor | None]]:
+    """Each reply as a finite float32 row `(d,)`, or None."""
+    for party, reply in replies:
+        try:
+            row = intake.row(unpacked(reply, intake.width))
+        except Exception:  # a codec meets whatever a client chose to send: missing names, indices out of range ...
+            yield party, None
+            continue
+        usable = row.dtype == torch.float32 and row.shape == (intake.d,) and bool(row.isfinite().all())
+        yield party, row if usable else None
+
+
+def _sum(replies: Iterator[tuple[int, Tensor | None]], d: int) -> View:
+    # float64, because float32 would let the order of arrival show in the last bits of the sum
+    total = torch.zeros(d, dtype=torch.float64)
+    ids: list[int] = []
+    bad = 0
+    for party, row in replies:
+        if row is None:
+            bad += 1
+        else:
+            total += row
+            ids.append(party)
+    return SumView(total.float, tuple(sorted(ids)), d, bad)
+
+
+def _matrix(replies: Iterator[tuple[int, Tensor | None]], d: int) -> View:
+    arrived = dict(replies)
+    rows = {party: row for party, row in sorted(arrived.items()) if row is not None}
+    view = MatrixView(torch.stack(list(rows.values())) if rows else torch.zeros(0, d), tuple(rows))
+    view.bad = len(arrived) - len(rows)
+    return view

@@ -1,0 +1,7 @@
+"""An experiment: arms and seeds, each a run in a folder of its own, played by worker processes."""
+
+from privfm.experiment.config import ArmSpec, RunConfig, resolved
+from privfm.experiment.run import play_run, prepare
+from privfm.experiment.runner import Experiment, run_experiment
+
+__all__ = ["ArmSpec", "Experiment", "RunConfig", "play_run", "prepare", "resolved", "run_experiment"]

@@ -1,0 +1,125 @@
+"""What a run is, as a configuration says it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from types import FunctionType
+from typing import Any, Literal, final
+
+import torch
+
+from privfm.checks import at_least, require
+from privfm.contracts import (
+    Attack,
+    Channel,
+    DataSource,
+    LocalTraining,
+    ModelSource,
+    Partition,
+    Rule,
+    Sampling,
+    ServerAttack,
+    ServerOptimizer,
+    Task,
+    Transform,
+)
+from privfm.defenses.privacy import DPPlan
+from privfm.learning.splits import SplitShares
+
+Kind = Literal["federated", "centralised"]
+
+
+@final
+@dataclass(frozen=True)
+class RunConfig:
+    """One run but for its seed: what a configuration file says.
+
+    Args:
+      data: where the data come from.
+      model: which model, and what of it is trained.
+      task: what is learned.
+      partition: how rows fall to clients.
+      training: what a client does.
+      rule: how updates become one.
+      channel: how they travel.
+      optimizer: what the server does with the aggregate.
+      rounds: rounds in all.
+      cohort: who takes part in a round; left out under a plan, which samples itself.
+      transforms: client steps, then codecs.
+      plan: differential privacy.
+      attack: what malicious clients do.
+      malicious_share: of the population.
+      server_attack: a curious server.
+      dropout_rate: share of a cohort that is lost at some stage, simulated.
+      splits: shares of the data by purpose.
+      evaluate_every: rounds between evaluations on the validation split.
+      clients_per_batch: honest clients trained together.
+      strict: end the run when a client's training raises, instead of recording a drop-out.
+      device: where the model runs.
+    """
+
+    data: DataSource
+    model: ModelSource
+    task: Task
+    partition: Partition
+    training: LocalTraining
+    rule: Rule
+    channel: Channel
+    optimizer: ServerOptimizer
+    rounds: int
+    cohort: Sampling | None = None
+    transforms: tuple[Transform, ...] = ()
+    plan: DPPlan | None = None
+    attack: Attack | None = None
+    malicious_share: float = 0.0
+    server_attack: ServerAttack | None = None
+    dropout_rate: float = 0.0
+    splits: SplitShares = SplitShares()
+    evaluate_every: int = 1
+    clients_per_batch: int = 16
+    strict: bool = False
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        at_least("rounds", self.rounds, 1)
+        at_least("evaluate_every", self.evaluate_every, 1)
+        at_least("clients_per_batch", self.clients_per_batch, 1)
+        require(0 <= self.malicious_share < 1, f"malicious_share={self.malicious_share!r}: expected a number in [0, 1)")
+        if self.device.startswith("cuda"):
+            require(torch.cuda.is_available(), f"device={self.device!r}: torch sees no GPU here; use cpu")
+
+
+@final
+@dataclass(frozen=True)
+class ArmSpec:
+    """One arm of an experiment.
+
+    Attributes:
+      name: of its folder.
+      title: for people.
+      group: arms that are compared with each other.
+      config: what is run.
+      kind: `centralised` marks the reference that relative utility is measured against.
+    """
+
+    name: str
+    title: str
+    group: str
+    config: RunConfig
+    kind: Kind = "federated"
+
+
+def resolved(value: object) -> Any:
+    """A configuration as plain values, in the form that the command line and configuration files read."""
+    if is_dataclass(value) and not isinstance(value, type):
+        own = {item.name: resolved(getattr(value, item.name)) for item in fields(value)}
+        kind = type(value)
+        if not any(base.__module__.startswith("privfm.contracts") for base in kind.__mro__[1:]):
+            return own
+        ours = kind.__module__.startswith("privfm.")
+        return {"class_path": kind.__name__ if ours else f"{kind.__module__}.{kind.__qualname__}", "init_args": own}
+    if isinstance(value, (tuple, list)):
+        return [resolved(item) for item in value]
+    if isinstance(value, FunctionType):
+        return f"{value.__module__}.{value.__qualname__}"  # somebody's own training loop
+    return value

@@ -1,0 +1,188 @@
+"""One run, from its configuration and its seed into its folder.
+
+What arms share (data, splits, clients, model, activations) is made from the seed and not from the arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from privfm.contracts import DataSource, Metric, ModelSource, Split, Table, Task
+from privfm.engines import Local
+from privfm.experiment.config import ArmSpec, RunConfig, resolved
+from privfm.federation import Arm, Federation, Population, choose_malicious, load, rounds, save
+from privfm.learning.learner import ModelLearner, Workbench
+from privfm.learning.splits import SplitShares, split
+from privfm.randomness import Seeds
+from privfm.reporting import RunFolder, describe_environment
+
+
+def prepare(config: RunConfig, seed: int, folder: Path | None = None) -> Federation:
+    """Everything a run needs, from its configuration and its seed.
+
+    Args:
+      config: the run.
+      seed: root of the seed tree.
+      folder: where activations are kept for other processes; None: in memory.
+
+    Raises:
+      InvalidArgument: something is missing, or the parts do not fit together.
+    """
+    seeds = Seeds(seed)
+    bench, splits = _bench(config.data, config.model, config.task, config.splits, config.device, seed, folder)
+    rows = splits["clients"]
+    labels = _table(config.data).labels
+    natural = _table(config.data).clients
+    names = None if natural is None else [natural[row] for row in rows.tolist()]
+    assignment = config.partition.assign(labels[rows], names, seeds.generator("partition"))
+    clients = Population.of(bench.everything, [rows[places] for places in assignment])
+    mix = _label_mix(labels, [rows[places] for places in assignment], len(bench.label_names))
+    arm = Arm(
+        cohort=config.cohort,
+        rule=config.rule,
+        channel=config.channel,
+        transforms=config.transforms,
+        plan=config.plan,
+        attack=config.attack,
+        malicious=choose_malicious(config.malicious_share, clients.size, seeds.generator("malicious")),
+        optimizer=config.optimizer,
+        server_attack=config.server_attack,
+        dropout_rate=config.dropout_rate,
+    )
+    learner = ModelLearner(bench, splits, config.training, mix)
+    return Federation(arm, learner, clients, seeds, Local(config.clients_per_batch), config.strict)
+
+
+def open_run(path: Path, spec: ArmSpec, seed: int) -> RunFolder:
+    """The folder of a run, made where it is not there yet.
+
+    Raises:
+      InvalidArgument: it holds a run of another configuration or cannot be written.
+    """
+    return RunFolder.open(path, {"seed": seed, **resolved(spec.config)}, describe_environment(spec.config.device))
+
+
+def play_run(path: Path, spec: ArmSpec, seed: int, shared: Path | None = None) -> dict[str, Any]:
+    """Plays one run into a folder, from its last checkpoint where there is one, and returns its summary.
+
+    Raises:
+      InvalidArgument: the folder holds a run of another configuration or cannot be written.
+      BrokenCheckpoint: its checkpoint is damaged.
+    """
+    config = spec.config
+    run = open_run(path, spec, seed)
+    if run.finished:
+        return run.summary()
+    federation = prepare(config, seed, shared)
+    state = load(path / "checkpoint")
+    run.truncate(0 if state is None else state.round)
+    for step in rounds(federation, config.rounds, state, config.evaluate_every):
+        run.append(step.record.row(step.metrics, config.task.primary, "validation", step.seconds_evaluation))
+        state = save(step.state, path / "checkpoint")
+    assert state is not None  # at least one round was played, in this process or before the checkpoint
+    learner = _model_learner(federation)
+    learner.bench.save(state.model, path / "model")
+    run.finish(_summary(spec, seed, federation, run, learner.evaluate(state.model, "test")))
+    return run.summary()
+
+
+def _model_learner(federation: Federation) -> ModelLearner:
+    """The learner that `prepare` made."""
+    if not isinstance(federation.learner, ModelLearner):
+        raise TypeError(f"expected a ModelLearner, got {type(federation.learner).__name__}")
+    return federation.learner
+
+
+def _summary(
+    spec: ArmSpec, seed: int, federation: Federation, run: RunFolder, metrics: Mapping[str, Metric]
+) -> dict[str, Any]:
+    """What the report reads; see `privfm.reporting`."""
+    config, rows = spec.config, run.rows()
+    learner = _model_learner(federation)
+    utility = metrics[config.task.primary]
+    training, aggregation = _column(rows, "seconds_training"), _column(rows, "seconds_aggregation")
+    evaluation = _column(rows, "seconds_evaluation")
+    return {
+        "arm": spec.name,
+        "title": spec.title,
+        "kind": spec.kind,
+        "seed": seed,
+        "rounds": len(rows),
+        "skipped_rounds": sum(bool(row["skipped"]) for row in rows),
+        "utility": utility.value,
+        "utility_metric": config.task.primary,
+        "utility_n": utility.n,
+        "utility_unit": utility.unit,
+        "higher_is_better": utility.higher_is_better,
+        "trivial_utility": config.task.trivial(learner.labels("test")),
+        "metrics": {
+            name: {"value": m.value, "n": m.n, "higher_is_better": m.higher_is_better, "unit": m.unit}
+            for name, m in metrics.items()
+        },
+        "epsilon": None if config.plan is None else _finite(asdict(config.plan.record(len(rows)))),
+        "rule": repr(config.rule),
+        "rule_name": type(config.rule).__name__,
+        "channel": repr(config.channel),
+        "channel_name": type(config.channel).__name__,
+        "attack": None if config.attack is None else repr(config.attack),
+        "attack_name": None if config.attack is None else type(config.attack).__name__,
+        "attack_knowledge": [] if config.attack is None else list(config.attack.knowledge),
+        "malicious_share": config.malicious_share,
+        "trained_values": learner.d,
+        "clients": federation.clients.size,
+        "cohort_expected": federation.arm.sampling.expected(federation.clients.size),
+        "bytes_up_per_client": _mean(_column(rows, "bytes_up_per_client")),
+        "bytes_down_per_client": _mean(_column(rows, "bytes_down_per_client")),
+        "seconds_total": sum(training) + sum(aggregation) + sum(evaluation),
+        "seconds_training": sum(training),
+        "seconds_aggregation": sum(aggregation),
+        "channel_error_relative_l2": max(_column(rows, "channel_error_relative_l2"), default=None),
+    }
+
+
+def _column(rows: Sequence[Mapping[str, object]], name: str) -> list[float]:
+    """A column of numbers, where there is one."""
+    values = [row.get(name) for row in rows]
+    return [float(value) for value in values if isinstance(value, (int, float))]
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """Without noise epsilon is infinite, which JSON cannot say: None, and the accountant field tells why."""
+    return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in record.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+@lru_cache(maxsize=1)
+def _bench(  # noqa: PLR0917  # a cache is keyed by position
+    data: DataSource, model: ModelSource, task: Task, shares: SplitShares, device: str, seed: int, folder: Path | None
+) -> tuple[Workbench, dict[Split, Tensor]]:
+    """What arms of one seed share; the last one is kept, so that a worker's next arm starts at once."""
+    seeds, table = Seeds(seed), _table(data)
+    splits = split(table, shares, seeds.generator("split"))
+    built = model.build(table.label_names, seeds.generator("initialisation"))
+    return Workbench(built, task, table, device, folder), splits
+
+
+@lru_cache(maxsize=1)
+def _table(data: DataSource) -> Table:
+    return data.load()
+
+
+def _label_mix(labels: Tensor, assignment: Sequence[Tensor], count: int) -> Tensor:
+    """`(clients, labels)` examples of each label at each client."""
+    owners = torch.cat([torch.full((len(rows),), client) for client, rows in enumerate(assignment)])
+    mix = torch.zeros(len(assignment), count, dtype=torch.int64)
+    return mix.index_put_(
+        (owners, labels[torch.cat(list(assignment))]), torch.ones(len(owners), dtype=torch.int64), True
+    )

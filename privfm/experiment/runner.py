@@ -1,0 +1,156 @@
+"""Arms and seeds of an experiment, played by worker processes of one thread each."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from pathlib import Path
+from typing import final
+
+import torch
+
+from privfm.checks import InvalidArgument, at_least, require
+from privfm.experiment.config import ArmSpec
+from privfm.experiment.run import open_run, play_run, prepare
+from privfm.federation import refuse_problems, visibility
+from privfm.reporting import ExperimentIndex, IndexedArm, RunFolder, write_report
+
+SHARED = ".shared"
+"""Folder of what the arms share while an experiment runs."""
+
+POLL_SECONDS = 0.5
+
+
+@final
+@dataclass(frozen=True)
+class Experiment:
+    """What is asked, and the arms that answer it.
+
+    Attributes:
+      name: short name.
+      question: one sentence.
+      arms: in the order of the table.
+      notes: what a reader should know, shown in the report.
+    """
+
+    name: str
+    question: str
+    arms: tuple[ArmSpec, ...]
+    notes: tuple[str, ...] = ()
+
+
+def run_experiment(experiment: Experiment, folder: Path, seeds: Sequence[int], workers: int = 2) -> Path:
+    """Plays every arm under every seed, going on where an earlier call was interrupted, and writes the report.
+
+    Everything that can be refused is refused before the first run starts. Results do not depend on `workers`.
+
+    Args:
+      experiment: question and arms.
+      folder: of the experiment; runs go to `ARM/seed-N/`.
+      seeds: roots of the seed trees.
+      workers: processes; 1 plays in this one.
+
+    Returns:
+      The report.
+
+    Raises:
+      InvalidArgument: an arm cannot run, or the folder holds another configuration or cannot be written.
+    """
+    at_least("workers", workers, 1)
+    require(len(set(seeds)) == len(seeds) > 0, f"seeds={list(seeds)}: expected at least one, each once")
+    names = [spec.name for spec in experiment.arms]
+    require(len(set(names)) == len(names) > 0, f"arms {names}: expected at least one, each once")
+    jobs = [(folder / spec.name / f"seed-{seed}", spec, seed) for spec in experiment.arms for seed in seeds]
+    for path, spec, seed in jobs:
+        if path.exists():
+            open_run(path, spec, seed)
+    _write_index(experiment, folder, seeds)
+    shared = folder / SHARED
+    waiting = [job for job in jobs if not RunFolder(job[0]).finished]
+    if waiting:
+        shared.mkdir(exist_ok=True)
+        for seed in sorted({seed for _, _, seed in waiting}):  # activations once, with every core
+            for spec in experiment.arms:
+                refuse_problems(prepare(spec.config, seed, shared))
+    _play(jobs, shared, workers)
+    shutil.rmtree(shared, ignore_errors=True)
+    return write_report(folder, visibility)
+
+
+Job = tuple[Path, ArmSpec, int]
+
+
+def _play(jobs: Sequence[Job], shared: Path, workers: int) -> None:
+    with _progress(jobs) as update:
+        if workers == 1:
+            with _single_threaded():
+                for path, spec, seed in jobs:
+                    play_run(path, spec, seed, shared)
+                    update()
+            return
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,))
+        with pool:
+            waiting = {pool.submit(play_run, path, spec, seed, shared) for path, spec, seed in jobs}
+            try:
+                while waiting:
+                    done, waiting = wait(waiting, POLL_SECONDS, FIRST_EXCEPTION)
+                    update()
+                    for future in done:
+                        future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """The same thread count as in a worker process, hence the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _progress(jobs: Sequence[Job]) -> Iterator[Callable[[], None]]:
+    """A bar over all rounds of all runs, read off their folders; nothing where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        total = progress.add_task("rounds", total=sum(spec.config.rounds for _, spec, _ in jobs))
+
+        def update() -> None:
+            progress.update(total, completed=sum(len(RunFolder(path).rows()) for path, _, _ in jobs))
+
+        yield update
+
+
+def _write_index(experiment: Experiment, folder: Path, seeds: Sequence[int]) -> None:
+    """Writes `experiment.json`; the day of the first call stays."""
+    created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    if (folder / "experiment.json").exists():
+        created = ExperimentIndex.read(folder).created
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        ExperimentIndex(
+            name=experiment.name,
+            question=experiment.question,
+            command=shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+            created=created,
+            arms=tuple(IndexedArm(spec.name, spec.title, spec.group) for spec in experiment.arms),
+            seeds=tuple(seeds),
+            notes=experiment.notes,
+        ).write(folder)
+    except OSError as reason:
+        raise InvalidArgument(f"{folder} cannot be written ({reason.strerror}); choose another folder") from reason

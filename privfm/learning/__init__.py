@@ -1,0 +1,46 @@
+"""Data, models, tasks and local training. Knows nothing of federation, defenses or attacks."""
+
+from privfm.learning.docstrings import Docstrings
+from privfm.learning.learner import ModelLearner, Workbench
+from privfm.learning.models import (
+    CausalLanguageModel,
+    LoRA,
+    MeanPooledClassifier,
+    SequenceClassifier,
+    SmallCNN,
+    VisionTransformer,
+)
+from privfm.learning.partitions import IID, Dirichlet, Natural, Shards
+from privfm.learning.sources import Digits, ImageArrays, ImageData, TextData
+from privfm.learning.splits import SplitShares, split
+from privfm.learning.tasks import CausalLM, ImageClassification, SequenceClassification
+from privfm.learning.training import SGD, AdamW, OwnTraining, Schedule
+
+__all__ = [
+    "IID",
+    "SGD",
+    "AdamW",
+    "CausalLM",
+    "CausalLanguageModel",
+    "Digits",
+    "Dirichlet",
+    "Docstrings",
+    "ImageArrays",
+    "ImageClassification",
+    "ImageData",
+    "LoRA",
+    "MeanPooledClassifier",
+    "ModelLearner",
+    "Natural",
+    "OwnTraining",
+    "Schedule",
+    "SequenceClassification",
+    "SequenceClassifier",
+    "Shards",
+    "SmallCNN",
+    "SplitShares",
+    "TextData",
+    "VisionTransformer",
+    "Workbench",
+    "split",
+]

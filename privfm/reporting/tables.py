@@ -1,0 +1,209 @@
+"""The table of an experiment: one row an arm, for a terminal, a log and the page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+from privfm.reporting.formats import (
+    MISSING,
+    bytes_text,
+    difference_text,
+    epsilon_text,
+    seconds_text,
+    small_number,
+    spread_text,
+    utility_text,
+)
+from privfm.reporting.summary import ArmResult, Experiment, paired_difference
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+ADVERSARIES = {
+    "released_model": "somebody who sees the released model, not the server",
+    "server": "the server, which sees each round's sealed view and who took part",
+}
+PLACES = {
+    "local": "each client adds noise to its own update",
+    "central": "the server adds noise and sees the sum without it",
+    "distributed": "the clients' shares of noise add up, so that no one sees the sum without it",
+}
+
+
+@final
+@dataclass(frozen=True)
+class Column:
+    """A column: its title, a shorter one for a terminal, and the field of the summary that it shows."""
+
+    title: str
+    short: str
+    field: str
+
+
+@final
+@dataclass(frozen=True)
+class TableRow:
+    """One arm: its group and its cells, the title first."""
+
+    group: str
+    cells: tuple[str, ...]
+
+
+@final
+@dataclass(frozen=True)
+class ExperimentTable:
+    """The table of an experiment.
+
+    Attributes:
+      columns: arm, utility, its spread, the clean score of the same rule, and so on.
+      rows: one an arm, in the index's order.
+      notes: how to read the numbers.
+      guarantees: one paragraph a private arm: the whole record of its epsilon.
+    """
+
+    columns: tuple[Column, ...]
+    rows: tuple[TableRow, ...]
+    notes: tuple[str, ...]
+    guarantees: tuple[str, ...]
+
+    def groups(self) -> list[tuple[str, list[TableRow]]]:
+        """The rows, with neighbours of one group together."""
+        return [(group, list(rows)) for group, rows in groupby(self.rows, key=lambda row: row.group)]
+
+    def markdown(self) -> str:
+        """The table as aligned Markdown, readable as it is in a log; notes and guarantees below."""
+        lines = [tuple(column.title for column in self.columns), *(row.cells for row in self.rows)]
+        cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in lines]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(self.columns))]
+        padded = [
+            " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
+        ]
+        rule = " | ".join("-" * width for width in widths)
+        table = "\n".join(f"| {line} |" for line in [padded[0], rule, *padded[1:]])
+        return "\n\n".join([table, *self.notes, *self.guarantees]) + "\n"
+
+    def rich(self) -> Table:
+        """The table for a terminal, with a line between groups; the notes are its caption."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, caption=Text("\n".join(self.notes)), caption_justify="left", pad_edge=False)
+        for number, column in enumerate(self.columns):
+            table.add_column(Text(column.short), justify="left" if number == 0 else "right")
+        for _, rows in self.groups():
+            for row in rows:
+                table.add_row(*(Text(cell) for cell in row.cells))
+            table.add_section()
+        return table
+
+
+def experiment_table(folder: Path) -> ExperimentTable:
+    """The table of an experiment's folder; arms that are not finished say so.
+
+    Raises:
+      InvalidArgument: `folder` is not an experiment's.
+      BrokenCheckpoint: the index or a finished run is damaged.
+    """
+    return table_of(Experiment.read(folder))
+
+
+def table_of(experiment: Experiment) -> ExperimentTable:
+    """The table of an experiment that was read already."""
+    one_seed = len(experiment.index.seeds) == 1
+    metric = next((str(arm.facts["utility_metric"]) for arm in experiment.finished), "utility")
+    columns = (
+        Column("arm", "arm", "title"),
+        Column(metric, metric, "utility"),
+        Column("95 % interval", "interval", "utility")
+        if one_seed
+        else Column("least to greatest seed (each)", "seeds", "utility"),
+        Column("same rule, clean", "clean", "utility"),
+        Column("attack effect", "effect", "utility"),
+        Column("relative utility", "relative", "utility"),
+        Column("epsilon (delta, against)", "epsilon", "epsilon.epsilon"),
+        Column("sent a client", "sent", "bytes_up_per_client"),
+        Column("time", "time", "seconds_total"),
+    )
+    rows = tuple(TableRow(arm.arm.group, _cells(experiment, arm)) for arm in experiment.arms)
+    return ExperimentTable(columns, rows, _notes(experiment), guarantees(experiment))
+
+
+def show(table: ExperimentTable, console: Console) -> None:
+    """Prints a table: with lines on a terminal, as plain Markdown into a pipe or a file."""
+    if console.is_terminal:
+        console.print(table.rich())
+        for paragraph in table.guarantees:
+            console.print(paragraph, markup=False, highlight=False)
+    else:
+        console.file.write(table.markdown())
+
+
+def guarantees(experiment: Experiment) -> tuple[str, ...]:
+    """The privacy statement: one paragraph an arm with a guarantee, attacked ones too."""
+    return tuple(epsilon_paragraph(arm) for arm in experiment.finished if arm.epsilon)
+
+
+def epsilon_paragraph(arm: ArmResult) -> str:
+    """The whole record behind an arm's epsilon, in words; empty without a guarantee."""
+    record = arm.epsilon
+    if record is None:
+        return ""
+    adversary, place = str(record["adversary"]), str(record["place"])
+    bound = record.get("participation_bound")
+    took_part = "any number of rounds" if bound is None else f"at most {bound} rounds"
+    return (
+        f"{arm.title}: epsilon {small_number(record['epsilon'])} at delta {small_number(record['delta'])} "
+        f"after {record['rounds']} rounds. It covers one {record['unit']} that takes part in {took_part}, "
+        f"against {ADVERSARIES.get(adversary, adversary)}; neighbouring data sets: {record['relation']}. "
+        f"Place of the noise: {place}{f' ({PLACES[place]})' if place in PLACES else ''}. "
+        f"Accountant: {record['accountant']}; event: {record['event']}. "
+        f"Noise: {record['noise']}. Tuning: {record['tuning']}."
+    )
+
+
+def _cells(experiment: Experiment, arm: ArmResult) -> tuple[str, ...]:
+    if not arm.summaries:
+        return arm.title, "not finished", *[MISSING] * 7
+    unit = str(arm.facts.get("utility_unit", ""))
+    partner = experiment.clean_partner(arm)
+    relative = experiment.relative_utility(arm)
+    missing = len(experiment.index.seeds) - len(arm.summaries)
+    return (
+        arm.title if not missing else f"{arm.title} ({missing} of {len(experiment.index.seeds)} seeds not finished)",
+        utility_text(arm.utility, unit) if arm.utilities else "not finite",
+        spread_text(arm),
+        utility_text(partner.utility, unit) if partner else MISSING,
+        difference_text(paired_difference(arm, partner), unit),
+        MISSING if relative is None else f"{relative:.2f}",
+        epsilon_text(arm.epsilon),
+        MISSING if arm.centralised else bytes_text(arm.mean("bytes_up_per_client")),
+        seconds_text(arm.mean("seconds_total")),
+    )
+
+
+def _notes(experiment: Experiment) -> tuple[str, ...]:
+    notes = []
+    examples = sorted({int(arm.facts["utility_n"]) for arm in experiment.finished if arm.facts.get("utility_n")})
+    if len(experiment.index.seeds) == 1:
+        counts = " or ".join(f"{count:,}" for count in examples)
+        notes.append(
+            f"One seed: no spread known. Intervals are binomial (Wilson, 95 %) over the {counts} test examples; "
+            "they do not cover the spread between seeds."
+        )
+    else:
+        notes.append("Several seeds: the mean, then the least and the greatest and each point. No normal interval.")
+    if experiment.centralised is not None:
+        notes.append("Relative utility: (m - trivial) / (centralised - trivial).")
+    if experiment.attacked:
+        notes.append(
+            "Clean: the arm with the same rule, channel and guarantee, but no attack. Effect: the difference to it, "
+            "paired by seed, in points where utility is a share; missing where no such arm was run."
+        )
+    if experiment.unfinished_runs:
+        notes.append(f"{experiment.unfinished_runs} runs are not finished; means are over the finished ones.")
+    return tuple(notes)
