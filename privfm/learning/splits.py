@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import final
 
 import torch
 from torch import Generator, Tensor
@@ -14,8 +13,7 @@ from privfm.checks import fraction, require
 from privfm.contracts import SPLITS, Split, Table
 
 
-@final
-@dataclass(frozen=True)
+@dataclass(frozen=True)  # not final: jsonargparse (4.53) refuses an instance of a final class as a default
 class SplitShares:
     """The share of the rows that each split takes; `clients` takes the rest.
 
