@@ -74,6 +74,11 @@ class Channel(ABC):
         """Most clients whose rows a sum has head-room for; None: no such bound."""
         return None
 
+    @property
+    def largest_coordinate(self) -> float | None:
+        """Absolute value beyond which a client refuses to send a coordinate; None: no such bound."""
+        return None
+
     @final
     def answer(self, party: int, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
         """A party's half: the next memory, and the reply.

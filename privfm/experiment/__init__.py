@@ -3,5 +3,6 @@
 from privfm.experiment.config import ArmSpec, RunConfig, resolved
 from privfm.experiment.run import play_run, prepare
 from privfm.experiment.runner import Experiment, run_experiment
+from privfm.experiment.visibility import visibility
 
-__all__ = ["ArmSpec", "Experiment", "RunConfig", "play_run", "prepare", "resolved", "run_experiment"]
+__all__ = ["ArmSpec", "Experiment", "RunConfig", "play_run", "prepare", "resolved", "run_experiment", "visibility"]

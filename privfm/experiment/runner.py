@@ -19,7 +19,8 @@ import torch
 from privfm.checks import InvalidArgument, at_least, require
 from privfm.experiment.config import ArmSpec
 from privfm.experiment.run import open_run, play_run, prepare
-from privfm.federation import refuse_problems, visibility
+from privfm.experiment.visibility import visibility
+from privfm.federation import refuse_problems
 from privfm.reporting import ExperimentIndex, IndexedArm, RunFolder, write_report
 
 SHARED = ".shared"

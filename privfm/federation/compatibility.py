@@ -142,6 +142,12 @@ def _plan(arm: Arm, population: int) -> Iterator[Finding]:
         f"{_names(arm.codecs.parts)} can lengthen a clipped update without bound",
         "codecs with a norm bound",
     )
+    largest, length = arm.channel.largest_coordinate, arm.codecs.norm_bound(plan.max_grad_norm, 1)
+    yield (
+        largest is not None and length > largest,
+        f"a clipped update may have a coordinate of {length:g}, {type(arm.channel).__name__} refuses beyond {largest}",
+        "a channel bound of at least the clip: whether a client refuses would depend on its data",
+    )
     yield (
         plan.delta >= 1 / population,
         f"delta={plan.delta:g} >= 1/N = {1 / population:g}: publishing one client whole would satisfy it",

@@ -63,9 +63,9 @@ class RunFolder:
                 write_json(folder / ENVIRONMENT, environment)
             return run
         _require_same(path, recorded=run.config(), given=config)
-        with writable(path):
-            tempfile.TemporaryFile(dir=path).close()
-            if not run.finished:
+        if not run.finished:
+            with writable(path):
+                tempfile.TemporaryFile(dir=path).close()
                 run._drop_torn_line()
                 run._note_environment(environment)
         return run

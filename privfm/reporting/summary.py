@@ -134,8 +134,13 @@ class ArmResult:
 
     @property
     def epsilon(self) -> Mapping[str, Any] | None:
-        """The record of the privacy guarantee, of the seed with the largest epsilon; None without a guarantee."""
-        records = [record for summary in self.summaries.values() if (record := summary.get("epsilon"))]
+        """The record of the privacy guarantee, of the seed with the largest epsilon.
+
+        None without a guarantee; an epsilon that is not finite guarantees nothing, in any seed.
+        """
+        records = [summary.get("epsilon") or {} for summary in self.summaries.values()]
+        if any(finite(record.get("epsilon")) is None for record in records):
+            return None
         return max(records, key=lambda record: float(record["epsilon"]), default=None)
 
     def values(self, name: str) -> dict[int, float]:

@@ -205,5 +205,5 @@ def _notes(experiment: Experiment) -> tuple[str, ...]:
             "paired by seed, in points where utility is a share; missing where no such arm was run."
         )
     if experiment.unfinished_runs:
-        notes.append(f"{experiment.unfinished_runs} runs are not finished; means are over the finished ones.")
+        notes.append(f"Runs not finished: {experiment.unfinished_runs}. Means are over the finished ones.")
     return tuple(notes)

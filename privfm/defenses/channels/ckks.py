@@ -83,6 +83,14 @@ class CKKS(Channel):
         _ = self.parameters  # refuses what no ring holds
 
     @property
+    def most_clients(self) -> int | None:
+        return self.clients
+
+    @property
+    def largest_coordinate(self) -> float | None:
+        return self.bound
+
+    @property
     def parameters(self) -> CKKSParameters:
         """The ring, with its proof of head-room."""
         return CKKSParameters.smallest(self.clients, self.bits)
