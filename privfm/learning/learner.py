@@ -63,12 +63,12 @@ class Workbench:
             self.activations = Activations.of(self.trunk, self.everything, self.device, path)
 
     def load(self, model: Tensor) -> nn.Module:
-        """The module with `model (d,)` loaded."""
+        """The module with `model (d,)` loaded, without dropout, as if nobody had used it before."""
         with torch.no_grad():
             for name, value in self.layout.unflatten(model).items():
                 self.parameters[name].copy_(value)
                 self.parameters[name].grad = None
-        return self.module
+        return self.module.eval()
 
     def logits(self, examples: Examples) -> Tensor:
         """Logits under the loaded weights, from known activations where they apply; `examples` are trimmed."""

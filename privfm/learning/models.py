@@ -260,10 +260,14 @@ def _pretrained(kind: Any, name: str, **options: Any) -> Any:
         with _quiet():
             return kind.from_pretrained(place, dtype=torch.float32, local_files_only=local, **options)
     except (OSError, ValueError) as reason:
-        raise InvalidArgument(
-            f"name={name!r} is neither a folder with a model nor a hub name that can be reached: "
-            f"{str(reason).splitlines()[0]}"
-        ) from reason
+        raise _unreachable(name, reason) from reason
+
+
+def _unreachable(name: str, reason: Exception) -> InvalidArgument:
+    return InvalidArgument(
+        f"name={name!r} is neither a folder with a model and its tokenizer nor a hub name that can be reached: "
+        f"{str(reason).splitlines()[0]}"
+    )
 
 
 @contextmanager
@@ -290,7 +294,7 @@ def _tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=name == "minilm" or Path(place).is_dir())
     except (OSError, ValueError) as reason:
-        raise InvalidArgument(f"name={name!r} has no tokenizer: {str(reason).splitlines()[0]}") from reason
+        raise _unreachable(name, reason) from reason
     tokenizer.padding_side = "right"  # activations are stored up to a text's length
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
