@@ -72,16 +72,14 @@ def run_experiment(experiment: Experiment, folder: Path, seeds: Sequence[int], w
     for path, spec, seed in jobs:
         if path.exists():
             open_run(path, spec, seed)
-    _write_index(experiment, folder, seeds)
     shared = folder / SHARED
-    waiting = [job for job in jobs if not RunFolder(job[0]).finished]
-    if waiting:
-        shared.mkdir(exist_ok=True)
-        for seed in sorted({seed for _, _, seed in waiting}):  # activations once, with every core
-            for spec in experiment.arms:
-                refuse_problems(prepare(spec.config, seed, shared))
-    _play(jobs, shared, workers)
-    shutil.rmtree(shared, ignore_errors=True)
+    with _made(shared):
+        if not all(RunFolder(path).finished for path, _, _ in jobs):
+            for seed in seeds:  # the activations that all arms share are computed here, once, with every core
+                for spec in experiment.arms:
+                    refuse_problems(prepare(spec.config, seed, shared))
+        _write_index(experiment, folder, seeds)
+        _play(jobs, shared, workers)
     return write_report(folder, visibility)
 
 
@@ -137,21 +135,34 @@ def _progress(jobs: Sequence[Job]) -> Iterator[Callable[[], None]]:
         yield update
 
 
+@contextmanager
+def _made(shared: Path) -> Iterator[None]:
+    """A folder for as long as the experiment is played; one that was refused leaves nothing behind."""
+    try:
+        shared.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise InvalidArgument(f"{shared.parent} cannot be written ({reason.strerror}); choose another") from reason
+    try:
+        yield
+    except InvalidArgument:
+        shutil.rmtree(shared)
+        if not any(shared.parent.iterdir()):
+            shared.parent.rmdir()
+        raise
+    shutil.rmtree(shared)
+
+
 def _write_index(experiment: Experiment, folder: Path, seeds: Sequence[int]) -> None:
     """Writes `experiment.json`; the day of the first call stays."""
     created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     if (folder / "experiment.json").exists():
         created = ExperimentIndex.read(folder).created
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        ExperimentIndex(
-            name=experiment.name,
-            question=experiment.question,
-            command=shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
-            created=created,
-            arms=tuple(IndexedArm(spec.name, spec.title, spec.group) for spec in experiment.arms),
-            seeds=tuple(seeds),
-            notes=experiment.notes,
-        ).write(folder)
-    except OSError as reason:
-        raise InvalidArgument(f"{folder} cannot be written ({reason.strerror}); choose another folder") from reason
+    ExperimentIndex(
+        name=experiment.name,
+        question=experiment.question,
+        command=shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        created=created,
+        arms=tuple(IndexedArm(spec.name, spec.title, spec.group) for spec in experiment.arms),
+        seeds=tuple(seeds),
+        notes=experiment.notes,
+    ).write(folder)

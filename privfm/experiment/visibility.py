@@ -13,16 +13,17 @@ CONFIG: dict[str, Visibility] = {item.name: "public" for item in fields(RunConfi
 ENVIRONMENT: dict[str, Visibility] = dict.fromkeys(
     ("privfm", "python", "platform", "cpu_count", "torch_threads", "device", "device_name", "versions", "git"), "public"
 )  # the command line stays private: it may hold the seed
-SUMMARY: dict[str, Visibility] = dict.fromkeys(
-    ("utility", "metrics", "epsilon"), "released"
-) | dict.fromkeys(
-    (
-        "arm", "title", "kind", "utility_metric", "utility_n", "utility_unit", "higher_is_better", "trivial_utility",
-        "rule_name", "channel_name", "attack_name", "attack_knowledge", "trained_values", "clients", "cohort_expected",
-        "bytes_down_per_client",
+SUMMARY: dict[str, Visibility] = {
+    **dict.fromkeys(("utility", "metrics", "epsilon"), "released"),
+    **dict.fromkeys(
+        (
+            "arm", "title", "kind", "utility_metric", "utility_n", "utility_unit", "higher_is_better",
+            "trivial_utility", "rule_name", "channel_name", "attack_name", "attack_knowledge", "trained_values",
+            "clients", "cohort_expected", "bytes_down_per_client",
+        ),
+        "public",
     ),
-    "public",
-)  # fmt: skip
+}  # fmt: skip
 
 
 def visibility(name: str) -> Visibility:

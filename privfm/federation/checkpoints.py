@@ -7,8 +7,6 @@ removed by the next save. There is no generator state to keep: seeds are named b
 
 from __future__ import annotations
 
-import json
-import os
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from privfm.checks import BrokenCheckpoint
 from privfm.contracts import State
 from privfm.federation.client_states import Chunk, ClientStates
 from privfm.federation.round import RunState
+from privfm.files import read_json, write_json
 
 FORMAT = 1
 INDEX = "checkpoint.json"
@@ -52,7 +51,7 @@ def save(state: RunState, folder: Path) -> RunState:
             str(client): [chunk.path.name, row] for client, (chunk, row) in clients.index.items() if chunk.path
         },
     }
-    _replace(folder / INDEX, json.dumps(index))
+    write_json(folder / INDEX, index)
     for file in folder.glob("*.safetensors"):
         if file.name not in index["sha256"]:  # type: ignore[operator]  # a dict, made above
             file.unlink()
@@ -85,25 +84,11 @@ def load(folder: Path) -> RunState | None:
 
 
 def _index(folder: Path) -> dict[str, Any]:
-    try:
-        index: dict[str, Any] = json.loads((folder / INDEX).read_text())
-        known = index["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError) as reason:
-        raise BrokenCheckpoint(f"{folder / INDEX} cannot be read ({reason}); delete {folder} to start anew") from reason
-    if not known:
-        raise BrokenCheckpoint(f"{folder / INDEX} is of format {index['format']}, this version reads {FORMAT}")
+    index = read_json(folder / INDEX)
+    if index.get("format") != FORMAT:
+        raise BrokenCheckpoint(f"{folder / INDEX} is of format {index.get('format')}, this version reads {FORMAT}")
     return index
 
 
 def _digest(path: Path) -> str:
     return sha256(path.read_bytes()).hexdigest()
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, whole."""
-    part = path.with_name(f"{path.name}.part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

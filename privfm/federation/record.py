@@ -24,7 +24,7 @@ class Record:
 
     Attributes:
       round: counted from 0.
-      cohort: clients sampled.
+      sampled: clients in the cohort.
       malicious: of them, attackers.
       arrived: usable rows.
       bad: rows left out as non-finite or malformed.
@@ -43,7 +43,7 @@ class Record:
     """
 
     round: int = _shown("public")
-    cohort: int = _shown("private")
+    sampled: int = _shown("private")
     malicious: int = _shown("private")
     arrived: int = _shown("private")
     bad: int = _shown("private")

@@ -85,7 +85,7 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
     kept = None if weights is None else [i for i, w in zip(view.ids, weights.tolist(), strict=True) if w > 0]
     record = Record(
         round=now,
-        cohort=len(cohort),
+        sampled=len(cohort),
         malicious=len(way.malicious),
         arrived=view.n,
         bad=view.bad,

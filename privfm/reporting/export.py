@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from privfm.checks import InvalidArgument
-from privfm.reporting.files import new_folder, write_atomically, write_json
+from privfm.files import new_folder, write_atomically, write_json
 from privfm.reporting.run_folder import CONFIG, ENVIRONMENT, ROUNDS, SUMMARY, RunFolder
 
 Visibility = Callable[[str], str]

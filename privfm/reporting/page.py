@@ -9,11 +9,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from privfm.files import writable, write_atomically
 from privfm.reporting.answers import answers
 from privfm.reporting.drawing import theme_css
 from privfm.reporting.export import Visibility, everything_private, visibility_of
 from privfm.reporting.figures import all_figures
-from privfm.reporting.files import writable, write_atomically
 from privfm.reporting.summary import Experiment
 from privfm.reporting.tables import table_of
 

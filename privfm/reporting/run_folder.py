@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, final
 
 from privfm.checks import BrokenCheckpoint, InvalidArgument, at_least, require
-from privfm.reporting.files import new_folder, read_json, writable, write_atomically, write_json
+from privfm.files import new_folder, read_json, writable, write_atomically, write_json
 
 Scalar = float | int | str | bool | None
 

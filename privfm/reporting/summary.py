@@ -14,7 +14,7 @@ from statistics import NormalDist, fmean
 from typing import Any, final
 
 from privfm.checks import BrokenCheckpoint, at_least, fraction, require
-from privfm.reporting.files import read_json, write_json
+from privfm.files import read_json, write_json
 from privfm.reporting.run_folder import RunFolder, Scalar
 
 INDEX = "experiment.json"

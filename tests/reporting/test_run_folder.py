@@ -5,11 +5,11 @@ import math
 
 import pytest
 
+from privfm import files as files_module
 from privfm.checks import BrokenCheckpoint, InvalidArgument
+from privfm.files import write_atomically
 from privfm.reporting import RunFolder, describe_environment, everything_private, export_released
-from privfm.reporting import files as files_module
 from privfm.reporting.environment import git_state, installed_versions
-from privfm.reporting.files import write_atomically
 
 CONFIG = {"arm": "plain", "federation": {"rounds": 20, "cohort": 100}, "layers": (5,), "seed": 7}
 ENVIRONMENT = {"python": "3.11.7", "versions": {"torch": "2.13.0"}, "command": "run --seed 7"}
