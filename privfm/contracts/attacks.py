@@ -113,6 +113,37 @@ class UpdateAttack(Attack):
     def bend(self, own: Tensor, honest: Knowledge, generator: Generator) -> Tensor:
         """All attackers of a round as one batch: the rows they would have sent `(k, d)` -> what they send `(k, d)`."""
 
+    @final
+    def __call__(
+        self,
+        own: Tensor,
+        honest: Tensor | None = None,
+        rule: Callable[[Tensor], Tensor] | None = None,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        """What the attackers send: the way into other people's code.
+
+        Args:
+          own: rows the attackers would have sent, `(k, d)`; not changed.
+          honest: rows of the others, `(h, d)`; the attack sees no more of them than it declares in `needs`.
+          rule: the server's aggregation, for attacks that ask it.
+          generator: seeded with 0 when None.
+
+        Returns:
+          `(k, d)`.
+
+        Raises:
+          NotRevealed: the attack needs more than was given.
+        """
+        known = Knowledge(self.needs, len(own) + (0 if honest is None else len(honest)), rule or _no_rule)
+        if honest is not None:
+            known.add(honest)
+        return self.bend(own, known, Generator().manual_seed(0) if generator is None else generator)
+
+
+def _no_rule(rows: Tensor) -> Tensor:
+    raise NotRevealed("the attack asks what the server would do; give it the rule")
+
 
 class ServerAttack(ABC):
     """A curious server: looks at exactly what the channel revealed."""
