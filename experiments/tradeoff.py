@@ -54,7 +54,7 @@ def main(
     epsilons: tuple[float, ...] = (3.0, 8.0),
     rounds: int = 20,
     clients: int = 1000,
-    sentences: int = 10000,
+    sentences: int = 9000,
     sample_rate: float = 0.1,
     seeds: tuple[int, ...] = (0,),
     device: str = "cpu",
@@ -77,10 +77,10 @@ def main(
       fast: a small version that shows that everything runs; its numbers mean nothing.
     """
     if fast:
-        rounds, clients, sentences, sample_rate = 2, 60, 600, 0.5
+        rounds, clients, sentences, sample_rate = 2, 60, 400, 0.5
     federated = RunConfig(
         data=Docstrings(limit=sentences),
-        model=SequenceClassifier("minilm", adapter=LoRA(rank=4, alpha=8.0, layers=(5,)), max_length=40),
+        model=SequenceClassifier("minilm", adapter=LoRA(rank=4, alpha=8.0, layers=(5,)), max_length=32),
         task=SequenceClassification(),
         partition=Dirichlet(clients, alpha=0.3),
         training=SGD(0.3, Schedule(batch_size=16)),

@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Generator, Tensor
 
-from privfm.checks import NotRevealed
+from privfm.checks import NotRevealed, RoundFailed
 from privfm.contracts.channels import WireView
 from privfm.contracts.learning import Examples
 
@@ -40,6 +40,7 @@ class Knowledge:
 
     def add(self, rows: Tensor) -> None:
         """Streams honest rows `(k, d)` in; moments cost two vectors whatever the cohort (Welford 1962)."""
+        rows = rows[rows.isfinite().all(1)]  # as the server leaves them out
         if self.level >= Knows.MOMENTS:
             for row in rows.double():  # one at a time: the same bits for every batch size
                 self._count += 1
@@ -53,7 +54,7 @@ class Knowledge:
         if self.level < level:
             raise NotRevealed(f"the threat model grants {self.level.name}, not {level.name}")
         if level >= Knows.MOMENTS and self._count == 0:
-            raise NotRevealed("no honest client has answered in this round")
+            raise RoundFailed("no honest client has answered in this round")
 
     @property
     def mean(self) -> Tensor:

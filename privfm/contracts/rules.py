@@ -79,7 +79,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @final
 class MatrixView(View):
-    """Rows in memory, `(n, d)`. Non-finite rows are left out here, once, for everybody."""
+    """Rows in memory, `(n, d)`. Rows that float32 cannot hold are left out here, once, for everybody."""
 
     reveals = Reveals.EACH
 
@@ -90,14 +90,14 @@ class MatrixView(View):
         )
         names = tuple(range(len(rows))) if ids is None else tuple(ids)
         require(len(names) == len(rows), f"{len(names)} ids for {len(rows)} rows")
-        finite = rows.isfinite().all(1)
+        finite = rows.float().isfinite().all(1)  # beyond float32 too: its square would be infinite in float64
         self.bad, self.d, self.passes = int((~finite).sum()), rows.shape[1], 0.0
         self.rows = rows if self.bad == 0 else rows[finite]
         self.ids = tuple(i for i, good in zip(names, finite.tolist(), strict=True) if good)
 
     def total(self) -> Tensor:
         self.passes += 1
-        return self.rows.sum(0, dtype=compute_dtype(self.rows.dtype)).to(self.rows.dtype)
+        return self.rows.sum(0, dtype=compute_dtype(self.rows.dtype))  # half precision would overflow
 
     def gram(self, references: Tensor) -> Tensor:
         self.passes += 1
@@ -201,7 +201,8 @@ class Rule(ABC):
         name, f = type(self).__name__, getattr(self, "f", None)
         words = "" if self.condition == str(self.smallest_cohort) else f"{self.condition} = "
         subject, way_out = (name, "use a larger cohort") if f is None else (f"f={f}", "lower f or use a larger cohort")
-        return f"{subject} needs n >= {words}{self.smallest_cohort} updates for {name}, got n={n}; {way_out}"
+        whom = "" if f is None else f" for {name}"
+        return f"{subject} needs n >= {words}{self.smallest_cohort} updates{whom}, got n={n}; {way_out}"
 
     @property
     @final
@@ -238,13 +239,17 @@ class Rule(ABC):
           InvalidArgument: wrong shapes or types, or a cohort the rule is not valid for.
         """
         if not isinstance(updates, Tensor):
+            foreign = {type(update).__name__ for update in updates if not isinstance(update, Tensor)}
+            require(
+                not foreign, f"updates are {type(updates).__name__} of {', '.join(sorted(foreign))}: expected tensors"
+            )
             shapes = {tuple(update.shape) for update in updates}
             require(len(shapes) == 1, f"updates have shapes {sorted(shapes)}: expected n vectors of one length")
             updates = torch.stack(list(updates))
         view = MatrixView(updates)
         if generator is None:
             generator = Generator().manual_seed(0)
-        return self.aggregate(self.init(view.d), view, generator)[1].vector
+        return self.aggregate(self.init(view.d), view, generator)[1].vector.to(updates.dtype)
 
 
 class ServerOptimizer(ABC):

@@ -26,7 +26,7 @@ class CoordinateRule(Rule):
 
     def step(self, state: State, view: View, generator: Generator) -> tuple[State, Outcome]:
         parts = []
-        for lo, hi in column_blocks(view.d):
+        for lo, hi in column_blocks(view.d) if view.d else [(0, 0)]:
             block = view.block(lo, hi)
             parts.append(self.combine(block.to(compute_dtype(block.dtype))).to(block.dtype))
         return state, Outcome(torch.cat(parts))

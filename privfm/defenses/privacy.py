@@ -225,7 +225,8 @@ def _calibrated_noise(epsilon: float, delta: float, rounds: int, sample_rate: fl
     if sample_rate == 1:
         from dp_accounting import gaussian_mechanism
 
-        return float(gaussian_mechanism.get_sigma_gaussian(epsilon, delta)) * sqrt(rounds)
+        exact = float(gaussian_mechanism.get_sigma_gaussian(epsilon, delta)) * sqrt(rounds)
+        return exact * (1 + 1e-9)  # rounding must not end above the target
 
     def loose(noise_multiplier: float) -> float:
         event = DPPlan(noise_multiplier, 1.0, sample_rate, delta).event(rounds)

@@ -21,11 +21,12 @@ class Clip(Transform):
 
     A client step: an attacker skips it. What depends on the bound must clip again where rows are opened.
 
-    | row            | result          |
-    |----------------|-----------------|
-    | norm <= bound  | unchanged bits  |
-    | zero           | zero            |
-    | NaN or inf     | not finite, left out where rows are opened |
+    | row                              | result                                     |
+    |----------------------------------|--------------------------------------------|
+    | norm <= bound                    | unchanged bits                             |
+    | zero                             | zero                                       |
+    | NaN or inf                       | not finite, left out where rows are opened |
+    | finite, norm beyond float32      | zero                                       |
 
     Args:
       max_grad_norm: L2 bound, in units of an update's norm.
@@ -77,8 +78,13 @@ class Chain(Transform):
         return None if None in factors else prod(factor for factor in factors if factor is not None)
 
     def norm_bound(self, bound: float, d: int) -> float:
+        scale: float | None = 1.0  # decoded length of a row of length 1 as the next part sees it
         for part, width in zip(self.parts, self._widths(d), strict=False):
-            bound = part.norm_bound(bound, width)
+            if scale is None:  # how much decoding lengthens what the part adds is not known
+                return float("inf")
+            bound = scale * part.norm_bound(bound / scale, width)
+            factor = part.similarity if part.binding else 1.0
+            scale = None if factor is None else scale * factor
         return bound
 
     def width(self, d: int) -> int:

@@ -6,11 +6,11 @@ What arms share (data, splits, clients, model, activations) is made from the see
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -20,9 +20,55 @@ from privfm.engines import Local
 from privfm.experiment.config import ArmSpec, RunConfig, resolved
 from privfm.federation import Arm, Federation, Population, choose_malicious, load, rounds, save
 from privfm.learning.learner import ModelLearner, Workbench
-from privfm.learning.splits import SplitShares, split
+from privfm.learning.splits import split
 from privfm.randomness import Seeds
 from privfm.reporting import RunFolder, describe_environment
+
+
+@final
+@dataclass(frozen=True)
+class Dealt:
+    """A data set after it was split and dealt out; nothing of it depends on the arm.
+
+    Attributes:
+      table: all examples.
+      splits: rows by split.
+      clients: rows of each client.
+    """
+
+    table: Table
+    splits: Mapping[Split, Tensor]
+    clients: Sequence[Tensor]
+
+    @property
+    def label_mix(self) -> Tensor:
+        """`(clients, labels)` examples of each label at each client."""
+        owners = torch.cat([torch.full((len(rows),), client) for client, rows in enumerate(self.clients)])
+        labels = self.table.labels[torch.cat(list(self.clients))]
+        mix = torch.zeros(len(self.clients), len(self.table.label_names), dtype=torch.int64)
+        return mix.index_put_((owners, labels), torch.ones_like(owners), accumulate=True)
+
+
+def deal(config: RunConfig, seed: int) -> Dealt:
+    """Reads the data, splits them and deals them out to clients.
+
+    Raises:
+      InvalidArgument: the data cannot be read, or a client would be empty.
+    """
+    seeds, table = Seeds(seed), _table(config.data)
+    splits = split(table, config.splits, seeds.generator("split"))
+    rows = splits["clients"]
+    natural = None if table.clients is None else [table.clients[row] for row in rows.tolist()]
+    places = config.partition.assign(table.labels[rows], natural, seeds.generator("partition"))
+    return Dealt(table, splits, [rows[own] for own in places])
+
+
+def arm_of(config: RunConfig, clients: int, seed: int) -> Arm:
+    """What the round plays; who is malicious follows from the seed, not from the arm."""
+    shared = {item.name: getattr(config, item.name) for item in fields(Arm) if item.name != "malicious"}
+    return Arm(
+        **shared, malicious=choose_malicious(config.malicious_share, clients, Seeds(seed).generator("malicious"))
+    )
 
 
 def prepare(config: RunConfig, seed: int, folder: Path | None = None) -> Federation:
@@ -36,29 +82,13 @@ def prepare(config: RunConfig, seed: int, folder: Path | None = None) -> Federat
     Raises:
       InvalidArgument: something is missing, or the parts do not fit together.
     """
-    seeds = Seeds(seed)
-    bench, splits = _bench(config.data, config.model, config.task, config.splits, config.device, seed, folder)
-    rows = splits["clients"]
-    labels = _table(config.data).labels
-    natural = _table(config.data).clients
-    names = None if natural is None else [natural[row] for row in rows.tolist()]
-    assignment = config.partition.assign(labels[rows], names, seeds.generator("partition"))
-    clients = Population.of(bench.everything, [rows[places] for places in assignment])
-    mix = _label_mix(labels, [rows[places] for places in assignment], len(bench.label_names))
-    arm = Arm(
-        cohort=config.cohort,
-        rule=config.rule,
-        channel=config.channel,
-        transforms=config.transforms,
-        plan=config.plan,
-        attack=config.attack,
-        malicious=choose_malicious(config.malicious_share, clients.size, seeds.generator("malicious")),
-        optimizer=config.optimizer,
-        server_attack=config.server_attack,
-        dropout_rate=config.dropout_rate,
-    )
-    learner = ModelLearner(bench, splits, config.training, mix)
-    return Federation(arm, learner, clients, seeds, Local(config.clients_per_batch), config.strict)
+    dealt = deal(config, seed)
+    bench = _bench(config.data, config.model, config.task, config.device, seed, folder)
+    clients = Population.of(bench.everything, dealt.clients)
+    mix = dealt.label_mix if len(dealt.table.label_names) > 1 else None
+    learner = ModelLearner(bench, dealt.splits, config.training, mix)
+    arm = arm_of(config, clients.size, seed)
+    return Federation(arm, learner, clients, Seeds(seed), Local(config.clients_per_batch), config.strict)
 
 
 def open_run(path: Path, spec: ArmSpec, seed: int) -> RunFolder:
@@ -165,24 +195,14 @@ def _mean(values: Sequence[float]) -> float:
 
 @lru_cache(maxsize=1)
 def _bench(  # noqa: PLR0917  # a cache is keyed by position
-    data: DataSource, model: ModelSource, task: Task, shares: SplitShares, device: str, seed: int, folder: Path | None
-) -> tuple[Workbench, dict[Split, Tensor]]:
+    data: DataSource, model: ModelSource, task: Task, device: str, seed: int, folder: Path | None
+) -> Workbench:
     """What arms of one seed share; the last one is kept, so that a worker's next arm starts at once."""
-    seeds, table = Seeds(seed), _table(data)
-    splits = split(table, shares, seeds.generator("split"))
-    built = model.build(table.label_names, seeds.generator("initialisation"))
-    return Workbench(built, task, table, device, folder), splits
+    table = _table(data)
+    built = model.build(table.label_names, Seeds(seed).generator("initialisation"))
+    return Workbench(built, task, table, device, folder)
 
 
 @lru_cache(maxsize=1)
 def _table(data: DataSource) -> Table:
     return data.load()
-
-
-def _label_mix(labels: Tensor, assignment: Sequence[Tensor], count: int) -> Tensor:
-    """`(clients, labels)` examples of each label at each client."""
-    owners = torch.cat([torch.full((len(rows),), client) for client, rows in enumerate(assignment)])
-    mix = torch.zeros(len(assignment), count, dtype=torch.int64)
-    return mix.index_put_(
-        (owners, labels[torch.cat(list(assignment))]), torch.ones(len(owners), dtype=torch.int64), True
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import final
 
@@ -78,9 +79,9 @@ class Adaptive(ServerOptimizer):
     def init(self, d: int) -> State:
         return {"first": torch.zeros(d), "second": torch.full((d,), self.tau**2)}
 
+    @abstractmethod
     def second_moment(self, second: Tensor, square: Tensor) -> Tensor:
         """Next second moment from the present one and the squared update, both `(d,)`."""
-        raise TypeError(f"{type(self).__name__} does not say how its second moment moves")
 
     def step(self, state: State, model: Tensor, update: Tensor) -> tuple[State, Tensor]:
         first = self.beta_1 * state["first"] + (1 - self.beta_1) * update

@@ -205,7 +205,7 @@ def _first_paragraph(docstring: str) -> str:
 def _cached(versions: dict[str, str]) -> list[Row]:
     """The sentences from the cache, else built and kept there."""
     key = sha256(json.dumps(versions).encode()).hexdigest()
-    path = _cache_folder() / f"docstrings-{key[:16]}.json"
+    path = cache_folder() / f"docstrings-{key[:16]}.json"
     rows = _read(path)
     if rows is None:
         rows = _build()
@@ -213,7 +213,7 @@ def _cached(versions: dict[str, str]) -> list[Row]:
     return rows
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     home = os.environ.get("XDG_CACHE_HOME", "")
     # The specification has relative paths ignored: they would put a cache into every working folder.
     return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "privfm"

@@ -10,7 +10,7 @@ from privfm.reporting.figures import all_figures
 from privfm.reporting.page import write_report
 from privfm.reporting.run_folder import RunFolder
 from privfm.reporting.summary import Experiment, ExperimentIndex, IndexedArm
-from privfm.reporting.tables import experiment_table, show
+from privfm.reporting.tables import epsilon_paragraph, experiment_table, show
 
 __all__ = [
     "RunFolder",
@@ -18,6 +18,7 @@ __all__ = [
     "ExperimentIndex",
     "IndexedArm",
     "Experiment",
+    "epsilon_paragraph",
     "experiment_table",
     "show",
     "all_figures",

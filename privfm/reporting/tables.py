@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
 from privfm.reporting.formats import (
     MISSING,
@@ -145,19 +146,21 @@ def show(table: ExperimentTable, console: Console) -> None:
 
 def guarantees(experiment: Experiment) -> tuple[str, ...]:
     """The privacy statement: one paragraph an arm with a guarantee, attacked ones too."""
-    return tuple(epsilon_paragraph(arm) for arm in experiment.finished if arm.epsilon)
+    return tuple(epsilon_paragraph(arm.title, arm.epsilon) for arm in experiment.finished if arm.epsilon)
 
 
-def epsilon_paragraph(arm: ArmResult) -> str:
-    """The whole record behind an arm's epsilon, in words; empty without a guarantee."""
-    record = arm.epsilon
-    if record is None:
-        return ""
+def epsilon_paragraph(title: str, record: Mapping[str, Any]) -> str:
+    """The whole record behind an epsilon, in words.
+
+    Args:
+      title: what it is about.
+      record: the fields of an `EpsilonRecord`; epsilon is finite.
+    """
     adversary, place = str(record["adversary"]), str(record["place"])
     bound = record.get("participation_bound")
     took_part = "any number of rounds" if bound is None else f"at most {bound} rounds"
     return (
-        f"{arm.title}: epsilon {small_number(record['epsilon'])} at delta {small_number(record['delta'])} "
+        f"{title}: epsilon {small_number(record['epsilon'])} at delta {small_number(record['delta'])} "
         f"after {record['rounds']} rounds. It covers one {record['unit']} that takes part in {took_part}, "
         f"against {ADVERSARIES.get(adversary, adversary)}; neighbouring data sets: {record['relation']}. "
         f"Place of the noise: {place}{f' ({PLACES[place]})' if place in PLACES else ''}. "

@@ -156,7 +156,7 @@ def test_another_version_has_a_cache_file_of_its_own(cache: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("made_up")
-def test_a_cache_folder_that_cannot_be_written_means_no_cache(tmp_path: Path) -> None:
+def test_acache_folder_that_cannot_be_written_means_no_cache(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder should be")
     assert rows(Docstrings().load()) == rows(Docstrings().load())
     assert (tmp_path / "cache").read_text() == "a file where the folder should be"

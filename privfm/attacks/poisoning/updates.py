@@ -8,7 +8,7 @@ from typing import Literal, final
 
 from torch import Generator, Tensor
 
-from privfm.checks import one_of, positive, require
+from privfm.checks import non_negative, one_of, positive, require
 from privfm.contracts import Knowledge, Knows, UpdateAttack
 
 
@@ -58,7 +58,8 @@ class ALIE(UpdateAttack):
     statistics: Literal["own", "honest"] = "own"
 
     def __post_init__(self) -> None:
-        require(self.z is None or self.z >= 0, f"z={self.z!r}: expected a number >= 0, or None")
+        if self.z is not None:
+            non_negative("z", self.z)
         one_of("statistics", self.statistics, ("own", "honest"))
 
     @property
@@ -67,8 +68,9 @@ class ALIE(UpdateAttack):
 
     @property
     def knowledge(self) -> tuple[str, ...]:
-        moments = ("mean and deviation of the honest updates",) if self.statistics == "honest" else ()
-        return (*moments, "updates of the other attackers", "cohort size") if self.z is None else moments
+        honest = self.statistics == "honest"
+        moments = "mean and deviation of the honest updates" if honest else "updates of the other attackers"
+        return (moments, "cohort size") if self.z is None else (moments,)
 
     def bend(self, own: Tensor, honest: Knowledge, generator: Generator) -> Tensor:
         z = alie_z(honest.cohort, len(own)) if self.z is None else self.z
@@ -86,7 +88,9 @@ def alie_z(n: int, f: int) -> float:
 
     Source: Baruch et al., 2019, algorithm 3, line 2: `Phi^-1((n - f - s) / (n - f))`, `s = n//2 + 1 - f`.
     """
-    require(0 < f < n, f"f={f} of n={n}: expected 0 < f < n")
+    require(0 < f <= n, f"f={f} of n={n}: expected 0 < f <= n")
+    if f == n:
+        return 0.0
     supporters = n // 2 + 1 - f
     share = (n - f - supporters) / (n - f)
     return max(0.0, NormalDist().inv_cdf(share)) if 0 < share < 1 else 0.0

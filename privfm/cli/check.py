@@ -1,0 +1,236 @@
+"""`privfm check`: what a configuration would do, cost and leak. Nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import MISSING, asdict, dataclass, fields
+from inspect import isabstract
+from math import isfinite
+from typing import Any, final
+
+import torch
+
+from privfm.checks import InvalidArgument, RoundFailed
+from privfm.cli.errors import DONE, REFUSED, say
+from privfm.cli.explain import public_classes
+from privfm.cli.run import Request, request
+from privfm.contracts import Channel, Encoded, Intake, Knows, Reveals, Rule, Table, UpdateAttack
+from privfm.defenses import Mean
+from privfm.engines import Local
+from privfm.experiment import RunConfig, arm_of, deal
+from privfm.federation import Arm, problems
+from privfm.federation.compatibility import table
+from privfm.federation.traffic import Traffic
+from privfm.learning import Workbench
+from privfm.randomness import Seeds
+from privfm.reporting import epsilon_paragraph
+from privfm.reporting.formats import bytes_text
+
+MEASURED_CLIENTS = 2
+"""Clients whose messages are measured; a channel's are as long for each."""
+
+LARGEST_MEASURED = 1 << 22
+"""Values a measured row has at most; the bytes of a longer one are scaled up."""
+
+SAMPLES: dict[str, Any] = {"f": 1, "radius": 1.0, "bound": 1.0, "clients": 1000, "rule": Mean()}
+"""Values for the required fields of rules and channels, by name, for the table of what fits together."""
+
+ROW_SEEN = {
+    Reveals.EACH: "every client's update, and who took part",
+    Reveals.GRAM: "lengths and angles of the updates, one weighted sum of them, and who took part",
+    Reveals.SUM: "the sum of the updates, and who took part",
+}
+
+
+@final
+@dataclass(frozen=True)
+class Outline:
+    """A run as far as it is known before it starts.
+
+    Attributes:
+      arm: what the round would play.
+      rounds: rounds in all.
+      d: trained values.
+      clients: in the population.
+    """
+
+    arm: Arm
+    rounds: int
+    d: int
+    clients: int
+
+    @classmethod
+    def of(cls, config: RunConfig, seed: int) -> Outline:
+        """Reads the data, deals them out and builds the model, without the activations that training would need.
+
+        Raises:
+          InvalidArgument: something is missing, or the parts do not fit together.
+        """
+        dealt = deal(config, seed)
+        table = dealt.table
+        built = config.model.build(table.label_names, Seeds(seed).generator("initialisation"))
+        first = Table(table.inputs[:1], table.labels[:1], table.label_names)  # enough to see that they fit
+        bench = Workbench(built, config.task, first, config.device)
+        clients = len(dealt.clients)
+        return cls(arm_of(config, clients, seed), config.rounds, bench.layout.d, clients)
+
+
+def check(argv: Sequence[str]) -> int:
+    """Says what a configuration would do, cost and leak; without one, what fits together.
+
+    Args:
+      argv: `[CONFIG.toml] [--key value ...]`, as for `privfm run`.
+
+    Returns:
+      1 where something must not run.
+    """
+    if not argv:
+        say(compatibility_table())
+        return DONE
+    asked: Request = request("check", argv)
+    outline = Outline.of(asked.config, next(iter(asked.seeds), 0))
+    found = problems(outline.arm, outline.d, outline.clients)
+    for problem in found:
+        say(f"problem: {problem.what}\ninstead: {problem.instead}\n")
+    for name, text in (*_sizes(outline, measurable=not found), *_who_sees_what(outline)):
+        say(f"{name:<17}{text}")
+    say(f"\n{_privacy(outline)}")
+    say(f"\n{len(found)} problem(s): this must not run" if found else "\nno problems; nothing was trained")
+    return REFUSED if found else DONE
+
+
+def _sizes(outline: Outline, measurable: bool) -> Iterator[tuple[str, str]]:
+    """Who takes part, and what travels and is kept."""
+    arm, d, clients = outline.arm, outline.d, outline.clients
+    expected, largest = arm.sampling.expected(clients), arm.sampling.largest(clients)
+    yield "trained values", f"{d:,}"
+    yield "clients", f"{clients:,}, of them malicious: {len(arm.malicious):,}"
+    yield "cohort", f"{expected:g} expected, {largest:,} at most, a round; {outline.rounds} rounds"
+    yield "smallest cohort", _smallest_cohort(arm)
+    up = None
+    if measurable:
+        up, down, exact = measured_bytes(arm, d)
+        about = "" if exact else "about "
+        yield "bytes up", f"{about}{bytes_text(up)} ({up:,.0f}) a client and round"
+        yield "bytes down", f"{about}{bytes_text(down)} ({down:,.0f}) a client and round, the model included"
+    yield "server's memory", _memory(arm, d, largest, up)
+    attack = arm.attack
+    if isinstance(attack, UpdateAttack) and attack.needs is Knows.ROWS:
+        yield "attack's memory", f"{bytes_text(4.0 * largest * d)}: it is granted every honest update of a round"
+
+
+def _smallest_cohort(arm: Arm) -> str:
+    rule = arm.rule
+    if arm.plan is not None:
+        return "0: under the plan an empty round is released too, as noise"
+    condition = "" if rule.condition == str(rule.smallest_cohort) else f" ({rule.condition})"
+    return f"{rule.smallest_cohort}{condition} usable updates for {type(rule).__name__}, else the round is skipped"
+
+
+def _memory(arm: Arm, d: int, largest: int, up: float | None) -> str:
+    """What the server keeps of a cohort, at most."""
+    # A plan's release needs the sum, as the mean that it replaces does.
+    needs = Reveals.EACH if arm.server_attack is not None else arm.rule.needs
+    if Reveals.SUM in (arm.channel.reveals, needs):
+        ciphertext = (up or 0.0) if arm.channel.key_holder_stages else 0.0
+        return f"{bytes_text(max(8.0 * d, ciphertext))}: one running sum, whatever the cohort"
+    return f"{bytes_text(4.0 * largest * d)} at most: every update of a cohort ({largest:,} x {d:,} x 4 bytes)"
+
+
+def measured_bytes(arm: Arm, d: int) -> tuple[float, float, bool]:
+    """Plays the channel's protocol once with rows of zeros and counts, as a round would.
+
+    Args:
+      arm: without problems.
+      d: trained values.
+
+    Returns:
+      Bytes up and down (the model included) a client and round, and whether they were measured at full width.
+    """
+    width = min(d, LARGEST_MEASURED)
+    generator = Seeds(0).generator
+
+    def sealed(asked: Sequence[int]) -> dict[int, Encoded]:
+        encoded, _ = arm.codecs.encode(
+            torch.zeros(len(asked), width), {}, [generator("codecs", 0, client) for client in asked]
+        )
+        side = encoded.side.items()
+        return {
+            client: Encoded(encoded.rows[k : k + 1], {name: value[k : k + 1] for name, value in side})
+            for k, client in enumerate(asked)
+        }
+
+    cohort = range(MEASURED_CLIENTS)
+    traffic = Traffic(Local(MEASURED_CLIENTS).open(arm.channel, sealed, cohort, (), {}))
+    with suppress(RoundFailed):  # two clients may be too few for the key holder; they have answered by then
+        arm.channel.collect(cohort, Intake(arm.codecs, width, Reveals.SUM), traffic.exchange).total()
+    scale = d / width
+    return scale * traffic.up_per_client, scale * traffic.down_per_client + 4 * d, width == d
+
+
+def _who_sees_what(outline: Outline) -> Iterator[tuple[str, str]]:
+    """Each party's view, from channel, plan and attack."""
+    arm = outline.arm
+    before = ", before any noise" if arm.plan is not None else ""
+    curious = "" if arm.server_attack is None else f"; it is curious: {arm.server_attack!r}"
+    yield "server sees", f"{ROW_SEEN[arm.channel.reveals]}{before}{curious}"
+    yield "key holder sees", _key_holder(arm.channel)
+    known = () if arm.attack is None else arm.attack.knowledge
+    granted = f"; the malicious are granted: {', '.join(known)}" if known else ""
+    yield "clients see", f"the model of every round{granted}"
+    bounded = "no guarantee bounds what they tell" if arm.plan is None else "what they tell is bounded, see below"
+    yield "public sees", f"the released models: {bounded}"
+    if arm.plan is not None and arm.malicious and arm.channel.reveals < Reveals.EACH:
+        way = type(arm.channel).__name__
+        yield "mind", f"over {way} nobody can make a malicious client clip: its update may be as long as it likes"
+
+
+def _key_holder(channel: Channel) -> str:
+    if not channel.key_holder_stages:
+        return "nothing: there is none"
+    limits = channel.limits
+    if limits is None:
+        return f"{ROW_SEEN[channel.reveals]}; it and the server must not collude"
+    return (
+        f"{ROW_SEEN[channel.reveals]}; it grants {limits.max_references} references and sums of effectively "
+        f"{limits.smallest_release:g} clients or more, and must not collude with the server"
+    )
+
+
+def _privacy(outline: Outline) -> str:
+    plan = outline.arm.plan
+    if plan is None:
+        return "epsilon: none. Without a plan there is no differential privacy, against anybody."
+    record = asdict(plan.record(outline.rounds))
+    if not isfinite(record["epsilon"]):
+        return "epsilon: infinite. The plan adds no noise, so that it guarantees nothing."
+    return epsilon_paragraph("privacy after all rounds", record)
+
+
+def compatibility_table() -> str:
+    """Every public rule over every public channel, with and without a central plan, one line each."""
+    kinds = [kind for kind in public_classes().values() if not isabstract(kind)]
+    rules = [sample(kind) for kind in kinds if issubclass(kind, Rule)]
+    channels = [sample(kind) for kind in kinds if issubclass(kind, Channel)]
+    lines = [("rule", "channel", "plan", "")]
+    lines += [
+        (row.rule, row.channel, "central" if row.plan else "none", row.refused or "runs")
+        for row in table(rules, channels)
+    ]
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]
+    texts = ["  ".join([*(line[k].ljust(widths[k]) for k in range(3)), line[3]]).rstrip() for line in lines]
+    return "\n".join(texts)
+
+
+def sample(kind: type) -> Any:
+    """An instance of a public rule or channel, with `SAMPLES` for what has no default.
+
+    Raises:
+      InvalidArgument: a required field has no sample.
+    """
+    required = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
+    unknown = [name for name in required if name not in SAMPLES]
+    if unknown:
+        raise InvalidArgument(f"{kind.__name__} needs {', '.join(unknown)}: add a value to SAMPLES in {__name__}")
+    return kind(**{name: SAMPLES[name] for name in required})

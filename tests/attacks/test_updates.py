@@ -1,0 +1,138 @@
+"""Update attacks against published values and slow loops."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from privfm.attacks import ALIE, SignFlip
+from privfm.attacks.poisoning import alie_z
+from privfm.checks import InvalidArgument, NotRevealed
+from privfm.contracts import Knowledge, Knows
+from privfm.defenses import Krum, Mean
+
+# Phi^-1((n-f-s)/(n-f)) with s = floor(n/2 + 1) - f, computed with scipy for the authors' formula.
+Z = {
+    (25, 5): 0.25335, (50, 10): 0.25335, (50, 12): 0.33604, (60, 12): 0.26415, (20, 4): 0.15731,
+    (100, 20): 0.28584, (20, 9): 0.90846, (11, 2): 0.13971, (10, 2): 0.0, (50, 3): 0.02667, (50, 5): 0.08365,
+    (50, 8): 0.18001, (50, 24): 1.42608, (25, 11): 1.06757, (100, 24): 0.37115, (10, 4): 0.43073, (7, 2): 0.25335,
+}  # fmt: skip
+
+
+def gaussian(n: int, d: int = 6, seed: int = 0) -> Tensor:
+    return torch.randn(n, d, generator=Generator().manual_seed(seed))
+
+
+def known(level: Knows, attackers: int, honest: Tensor) -> Knowledge:
+    knowledge = Knowledge(level, len(honest) + attackers, Mean())
+    knowledge.add(honest)
+    return knowledge
+
+
+# SignFlip
+
+
+def test_a_sign_flip_turns_the_own_update_around():
+    own = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
+    rows = SignFlip(4.0).bend(own, known(Knows.OWN, 2, gaussian(3, 2)), Generator())
+    assert torch.equal(rows, torch.tensor([[-4.0, 8.0], [-2.0, 0.0]]))
+
+
+def test_a_sign_flip_needs_nothing_but_its_own_update():
+    assert (SignFlip(1.0).needs, SignFlip(1.0).knowledge, SignFlip(1.0).obeys_chain) == (Knows.OWN, (), False)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_wrong_scale_is_refused(scale):
+    with pytest.raises(InvalidArgument, match="scale="):
+        SignFlip(scale)
+
+
+# ALIE
+
+
+@pytest.mark.parametrize(("cohort", "z"), Z.items(), ids=str)
+def test_alie_z_has_the_published_values(cohort, z):
+    assert alie_z(*cohort) == pytest.approx(z, abs=6e-6)
+
+
+@pytest.mark.parametrize(("n", "f"), [(10, 6), (10, 9), (11, 6), (2, 1), (3, 2)])
+def test_a_majority_of_attackers_needs_no_supporters(n, f):
+    assert alie_z(n, f) == 0.0
+
+
+@pytest.mark.parametrize(("n", "f"), [(10, 0), (10, 11), (0, 0), (5, -1)])
+def test_impossible_numbers_of_attackers_are_refused(n, f):
+    with pytest.raises(InvalidArgument, match=f"f={f} of n={n}"):
+        alie_z(n, f)
+
+
+def test_alie_z_is_zero_when_everybody_attacks():
+    """ "Nobody is left to lie further out": a Poisson cohort may hold attackers only, and the run goes on."""
+    assert alie_z(3, 3) == 0.0
+
+
+def test_own_statistics_are_those_of_the_attackers_with_division_by_the_count():
+    own = gaussian(5)
+    rows = ALIE(z=1.5).bend(own, known(Knows.OWN, 5, gaussian(9, seed=1)), Generator())
+    expected = own.numpy().mean(0) - 1.5 * own.numpy().std(0)  # the authors' np.var: ddof 0; below the mean
+    np.testing.assert_allclose(rows.numpy(), np.tile(expected, (5, 1)), rtol=1e-5, atol=1e-6)
+
+
+def test_honest_statistics_are_those_of_the_honest_clients():
+    honest = gaussian(9, seed=1)
+    rows = ALIE(z=1.5, statistics="honest").bend(gaussian(3), known(Knows.MOMENTS, 3, honest), Generator())
+    expected = honest.numpy().mean(0) - 1.5 * honest.numpy().std(0)
+    np.testing.assert_allclose(rows.numpy(), np.tile(expected, (3, 1)), rtol=1e-5, atol=1e-6)
+
+
+def test_honest_statistics_must_be_granted():
+    with pytest.raises(NotRevealed, match="grants OWN, not MOMENTS"):
+        ALIE(statistics="honest").bend(gaussian(3), known(Knows.OWN, 3, gaussian(9)), Generator())
+
+
+def test_without_a_z_it_is_that_of_the_cohort():
+    own, honest = gaussian(5), gaussian(20, seed=1)
+    by_cohort = ALIE().bend(own, known(Knows.OWN, 5, honest), Generator())
+    by_hand = ALIE(z=alie_z(25, 5)).bend(own, known(Knows.OWN, 5, honest), Generator())
+    assert torch.equal(by_cohort, by_hand)
+    assert not torch.equal(by_cohort, ALIE(z=0.0).bend(own, known(Knows.OWN, 5, honest), Generator()))
+
+
+def test_a_lone_attacker_with_own_statistics_sends_its_own_update():
+    own = gaussian(1)
+    assert torch.equal(ALIE(z=1.5).bend(own, known(Knows.OWN, 1, gaussian(9)), Generator()), own)
+
+
+@pytest.mark.parametrize(
+    ("attack", "words"),
+    [
+        (ALIE(), {"updates of the other attackers", "cohort size"}),
+        (ALIE(z=1.5), {"updates of the other attackers"}),
+        (ALIE(statistics="honest"), {"mean and deviation of the honest updates", "cohort size"}),
+        (ALIE(z=1.5, statistics="honest"), {"mean and deviation of the honest updates"}),
+    ],
+    ids=repr,
+)
+def test_alie_declares_exactly_what_it_uses(attack, words):
+    assert set(attack.knowledge) == words
+
+
+def test_krum_keeps_alie_and_a_mean_hardly_moves():
+    """The claim of the paper, in small: near the middle of 40 honest rows, yet off their mean in every coordinate."""
+    honest = gaussian(40, 400, seed=1)
+    rows = ALIE(z=0.3, statistics="honest").bend(gaussian(10, 400), known(Knows.MOMENTS, 10, honest), Generator())
+    updates = torch.cat([honest, rows])
+    assert torch.equal(Krum(10)(updates), rows[0])
+    assert float((Mean()(updates) - honest.mean(0)).norm()) < 0.1 * float(honest.norm(dim=1).mean())
+
+
+@pytest.mark.parametrize("z", [-0.1, float("nan"), float("inf")])
+def test_a_wrong_z_is_refused(z):
+    with pytest.raises(InvalidArgument, match="z="):
+        ALIE(z=z)
+
+
+def test_unknown_statistics_are_refused_with_the_nearest_name():
+    with pytest.raises(InvalidArgument, match="did you mean 'honest'"):
+        ALIE(statistics="honset")
