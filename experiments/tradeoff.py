@@ -45,9 +45,9 @@ NOTES = (
     "ALIE is built to pass robust rules by staying inside the spread of honest updates; it hardly moves a mean.",
     "Clients hold sentences of one or two libraries each (Dirichlet 0.3), so honest updates differ much: Krum, which "
     "releases a single client's update, pays for that even when nobody attacks.",
-    "A robust rule always leaves out as many updates as it tolerates attackers (f = 30 of about 100, for 20 expected and "
-    "a cohort of random size). Without attackers those are honest updates, so its clean score can lie below the attacked "
-    "one.",
+    "A robust rule always leaves out as many updates as it tolerates attackers: f = 30 of about 100, because 20 are "
+    "expected and cohorts are random. Without attackers those are honest ones, so a clean score can lie below an "
+    "attacked one.",
     "Learning rates, epochs and clip were chosen on the validation split (docs/results/tradeoff-tuning.md).",
 )
 
