@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -48,9 +49,37 @@ class Schedule:
             epoch += 1
 
 
+class Descent(LocalTraining):
+    """Template: steps of a torch optimizer over a schedule; the optimizer is made anew for every client.
+
+    A class has a field `schedule`.
+    """
+
+    schedule: Schedule
+
+    @abstractmethod
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """A fresh optimizer of the trained parameters."""
+
+    def run(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        losses: Losses,
+        examples: Examples,
+        generator: Generator,
+    ) -> nn.Module:
+        optimizer = self.optimizer(list(parameters.values()))
+        for places in self.schedule.batches(len(examples), generator):
+            optimizer.zero_grad()
+            losses(examples.take(places)).mean().backward()  # type: ignore[no-untyped-call]  # torch's own
+            optimizer.step()
+        return module
+
+
 @final
 @dataclass(frozen=True)
-class SGD(LocalTraining):
+class SGD(Descent):
     """Stochastic gradient descent.
 
     Args:
@@ -67,22 +96,13 @@ class SGD(LocalTraining):
         positive("learning_rate", self.learning_rate)
         fraction("momentum", self.momentum, zero=True, one=False)
 
-    def run(
-        self,
-        module: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        losses: Losses,
-        examples: Examples,
-        generator: Generator,
-    ) -> nn.Module:
-        optimizer = torch.optim.SGD(list(parameters.values()), lr=self.learning_rate, momentum=self.momentum)
-        _descend(optimizer, self.schedule, losses, examples, generator)
-        return module
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=self.learning_rate, momentum=self.momentum)
 
 
 @final
 @dataclass(frozen=True)
-class AdamW(LocalTraining):
+class AdamW(Descent):
     """Adam with decoupled weight decay; its state is forgotten after every round.
 
     Args:
@@ -101,17 +121,8 @@ class AdamW(LocalTraining):
         positive("learning_rate", self.learning_rate)
         non_negative("weight_decay", self.weight_decay)
 
-    def run(
-        self,
-        module: nn.Module,
-        parameters: Mapping[str, nn.Parameter],
-        losses: Losses,
-        examples: Examples,
-        generator: Generator,
-    ) -> nn.Module:
-        optimizer = torch.optim.AdamW(list(parameters.values()), lr=self.learning_rate, weight_decay=self.weight_decay)
-        _descend(optimizer, self.schedule, losses, examples, generator)
-        return module
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
 
 
 @final
@@ -142,12 +153,3 @@ class OwnTraining(LocalTraining):
             f"the training function returned a {type(trained).__name__}, expected the trained model",
         )
         return trained
-
-
-def _descend(
-    optimizer: torch.optim.Optimizer, schedule: Schedule, losses: Losses, examples: Examples, generator: Generator
-) -> None:
-    for places in schedule.batches(len(examples), generator):
-        optimizer.zero_grad()
-        losses(examples.take(places)).mean().backward()  # type: ignore[no-untyped-call]  # torch's own
-        optimizer.step()

@@ -288,3 +288,10 @@ def test_a_union_of_dataclasses_picks_the_first_that_fits() -> None:
     parser = ArgumentParser(parser_mode="toml", exit_on_error=False)
     parser.add_function_arguments(scheduled, None, as_group=False)
     assert parser.instantiate(parser.parse_args(["--schedule", '{"steps": 3}'])).schedule == Linear(3)
+
+
+def test_help_describes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        config_parser("run").parse_args(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "how updates become one." in told and "share of a cohort that is lost at some stage" in told
