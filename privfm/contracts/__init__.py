@@ -14,6 +14,7 @@ from privfm.contracts.channels import (
 )
 from privfm.contracts.learning import (
     SPLITS,
+    WORST_CLIENTS,
     BuiltModel,
     Clients,
     DataSource,
@@ -48,6 +49,7 @@ __all__ = [
     "BLOCK",
     "KEY_HOLDER",
     "SPLITS",
+    "WORST_CLIENTS",
     "Attack",
     "BuiltModel",
     "Channel",

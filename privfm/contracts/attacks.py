@@ -30,11 +30,12 @@ class Knowledge:
     Attributes:
       level: what is granted.
       cohort: clients that take part in the round, attackers included (every level knows it).
+      answered: honest rows seen so far; stays 0 below MOMENTS.
     """
 
     def __init__(self, level: Knows, cohort: int, aggregate: Callable[[Tensor], Tensor]) -> None:
         self.level, self.cohort, self._aggregate = level, cohort, aggregate
-        self._count = 0
+        self.answered = 0
         self._mean, self._squares = torch.zeros(()), torch.zeros(())
         self._rows: list[Tensor] = []
 
@@ -43,9 +44,9 @@ class Knowledge:
         rows = rows[rows.isfinite().all(1)]  # as the server leaves them out
         if self.level >= Knows.MOMENTS:
             for row in rows.double():  # one at a time: the same bits for every batch size
-                self._count += 1
+                self.answered += 1
                 step = row - self._mean
-                self._mean = self._mean + step / self._count
+                self._mean = self._mean + step / self.answered
                 self._squares = self._squares + step * (row - self._mean)
         if self.level >= Knows.ROWS:
             self._rows.append(rows)
@@ -53,7 +54,7 @@ class Knowledge:
     def _grant(self, level: Knows) -> None:
         if self.level < level:
             raise NotRevealed(f"the threat model grants {self.level.name}, not {level.name}")
-        if level >= Knows.MOMENTS and self._count == 0:
+        if level >= Knows.MOMENTS and self.answered == 0:
             raise RoundFailed("no honest client has answered in this round")
 
     @property
@@ -66,7 +67,7 @@ class Knowledge:
     def deviation(self) -> Tensor:
         """Standard deviation of each coordinate (division by the count), `(d,)`. Needs MOMENTS."""
         self._grant(Knows.MOMENTS)
-        return (self._squares / self._count).sqrt().float()
+        return (self._squares / self.answered).sqrt().float()
 
     @property
     def rows(self) -> Tensor:

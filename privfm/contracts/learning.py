@@ -78,6 +78,10 @@ class Metric:
     per_example: Tensor | None = None
 
 
+WORST_CLIENTS = "worst_decile_client_accuracy"
+"""Metric that weighs accuracies by the labels clients hold: it depends on their data, not only on the model."""
+
+
 class Task(ABC):
     """What is learned: loss, prediction and metrics.
 

@@ -90,14 +90,15 @@ class MatrixView(View):
         )
         names = tuple(range(len(rows))) if ids is None else tuple(ids)
         require(len(names) == len(rows), f"{len(names)} ids for {len(rows)} rows")
-        finite = rows.float().isfinite().all(1)  # beyond float32 too: its square would be infinite in float64
+        # Row by row, to cost no second matrix; beyond float32 too, as its square would be infinite in float64.
+        finite = torch.tensor([bool(row.float().isfinite().all()) for row in rows], dtype=torch.bool)
         self.bad, self.d, self.passes = int((~finite).sum()), rows.shape[1], 0.0
         self.rows = rows if self.bad == 0 else rows[finite]
         self.ids = tuple(i for i, good in zip(names, finite.tolist(), strict=True) if good)
 
     def total(self) -> Tensor:
         self.passes += 1
-        return self.rows.sum(0, dtype=compute_dtype(self.rows.dtype))  # half precision would overflow
+        return self.rows.sum(0, dtype=torch.float64).to(compute_dtype(self.rows.dtype))  # as a sum that is folded
 
     def gram(self, references: Tensor) -> Tensor:
         self.passes += 1

@@ -4,6 +4,7 @@ if __name__ != "privfm.defenses":  # the link at the top of the repository is a 
     raise ImportError(f"import privfm.defenses, not {__name__}: the folder at the repository's root is a link")
 
 from privfm.defenses.coordinate_rules import CoordinateRule, TrimmedMean
+from privfm.defenses.foreign import as_rule
 from privfm.defenses.gram_rules import CenteredClipping, GramRule, Krum, MultiKrum
 from privfm.defenses.mean import Mean
 from privfm.defenses.pre_aggregation import PreAggregation
@@ -23,4 +24,5 @@ __all__ = [
     "MultiKrum",
     "PreAggregation",
     "TrimmedMean",
+    "as_rule",
 ]

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 RDP_ORDERS = range(2, 257)
 """Integer orders only: fractional ones fail to converge at some settings and are dropped with a log line."""
 
-LARGEST_EPSILON = 50.0
-"""More than this protects nobody: exp(50) is a 22-digit likelihood ratio."""
+LARGEST_EPSILON = 20.0
+"""More than this protects nobody: exp(20) is a likelihood ratio of 5e8."""
 
-PLD_LIMIT = 2 * LARGEST_EPSILON
+PLD_LIMIT = 100.0
 """Above this RDP epsilon the PLD accountant takes minutes (36 s at 634, measured) for a number nobody can use."""
 
 

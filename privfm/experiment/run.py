@@ -15,12 +15,15 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from privfm.contracts import DataSource, Metric, ModelSource, Split, Table, Task
+from privfm.checks import require
+from privfm.contracts import DataSource, Metric, ModelSource, Partition, Split, Table, Task
 from privfm.engines import Local
 from privfm.experiment.config import ArmSpec, RunConfig, resolved
 from privfm.federation import Arm, Federation, Population, choose_malicious, load, rounds, save
 from privfm.learning.learner import ModelLearner, Workbench
+from privfm.learning.partitions import Natural
 from privfm.learning.splits import split
+from privfm.learning.tasks import Classification
 from privfm.randomness import Seeds
 from privfm.reporting import RunFolder, describe_environment
 
@@ -33,12 +36,21 @@ class Dealt:
     Attributes:
       table: all examples.
       splits: rows by split.
+      partition: how they were dealt out.
       clients: rows of each client.
     """
 
     table: Table
     splits: Mapping[Split, Tensor]
+    partition: Partition
     clients: Sequence[Tensor]
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Natural clients of whose rows none fell to the clients' split: they take no part."""
+        natural = self.table.clients or ()
+        present = {natural[row] for rows in self.clients for row in rows.tolist()} if natural else set()
+        return tuple(sorted(set(natural) - present)) if isinstance(self.partition, Natural) else ()
 
     @property
     def label_mix(self) -> Tensor:
@@ -60,7 +72,7 @@ def deal(config: RunConfig, seed: int) -> Dealt:
     rows = splits["clients"]
     natural = None if table.clients is None else [table.clients[row] for row in rows.tolist()]
     places = config.partition.assign(table.labels[rows], natural, seeds.generator("partition"))
-    return Dealt(table, splits, [rows[own] for own in places])
+    return Dealt(table, splits, config.partition, [rows[own] for own in places])
 
 
 def arm_of(config: RunConfig, clients: int, seed: int) -> Arm:
@@ -85,19 +97,16 @@ def prepare(config: RunConfig, seed: int, folder: Path | None = None) -> Federat
     dealt = deal(config, seed)
     bench = _bench(config.data, config.model, config.task, config.device, seed, folder)
     clients = Population.of(bench.everything, dealt.clients)
-    mix = dealt.label_mix if len(dealt.table.label_names) > 1 else None
+    labelled = isinstance(config.task, Classification) and clients.size > 1
+    mix = dealt.label_mix if labelled else None
     learner = ModelLearner(bench, dealt.splits, config.training, mix)
     arm = arm_of(config, clients.size, seed)
     return Federation(arm, learner, clients, Seeds(seed), Local(config.clients_per_batch), config.strict)
 
 
-def open_run(path: Path, spec: ArmSpec, seed: int) -> RunFolder:
-    """The folder of a run, made where it is not there yet.
-
-    Raises:
-      InvalidArgument: it holds a run of another configuration or cannot be written.
-    """
-    return RunFolder.open(path, {"seed": seed, **resolved(spec.config)}, describe_environment(spec.config.device))
+def recorded(spec: ArmSpec, seed: int) -> dict[str, Any]:
+    """What the folder of a run says it is."""
+    return {"seed": seed, **resolved(spec.config)}
 
 
 def play_run(path: Path, spec: ArmSpec, seed: int, shared: Path | None = None) -> dict[str, Any]:
@@ -108,7 +117,7 @@ def play_run(path: Path, spec: ArmSpec, seed: int, shared: Path | None = None) -
       BrokenCheckpoint: its checkpoint is damaged.
     """
     config = spec.config
-    run = open_run(path, spec, seed)
+    run = RunFolder.open(path, recorded(spec, seed), describe_environment(config.device))
     if run.finished:
         return run.summary()
     federation = prepare(config, seed, shared)
@@ -120,6 +129,7 @@ def play_run(path: Path, spec: ArmSpec, seed: int, shared: Path | None = None) -
     assert state is not None  # at least one round was played, in this process or before the checkpoint
     learner = _model_learner(federation)
     learner.bench.save(state.model, path / "model")
+    require(len(run.rows()) == config.rounds, f"{path}: another process has written to this run; choose another folder")
     run.finish(_summary(spec, seed, federation, run, learner.evaluate(state.model, "test")))
     return run.summary()
 
@@ -147,6 +157,10 @@ def _summary(
         "seed": seed,
         "rounds": len(rows),
         "skipped_rounds": sum(bool(row["skipped"]) for row in rows),
+        "failed_clients": round(sum(_column(rows, "failed"))),
+        "first_failure": next((str(row["failure"]) for row in rows if row["failure"]), ""),
+        "clients_without_rows": len(deal(config, seed).absent),
+        "channel_reveals": config.channel.reveals.name,
         "utility": utility.value,
         "utility_metric": config.task.primary,
         "utility_n": utility.n,

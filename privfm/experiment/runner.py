@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shlex
 import shutil
 import sys
@@ -18,7 +19,7 @@ import torch
 
 from privfm.checks import InvalidArgument, at_least, require
 from privfm.experiment.config import ArmSpec
-from privfm.experiment.run import open_run, play_run, prepare
+from privfm.experiment.run import play_run, prepare, recorded
 from privfm.experiment.visibility import visibility
 from privfm.federation import refuse_problems
 from privfm.reporting import ExperimentIndex, IndexedArm, RunFolder, write_report
@@ -26,7 +27,7 @@ from privfm.reporting import ExperimentIndex, IndexedArm, RunFolder, write_repor
 SHARED = ".shared"
 """Folder of what the arms share while an experiment runs."""
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 
 
 @final
@@ -70,8 +71,7 @@ def run_experiment(experiment: Experiment, folder: Path, seeds: Sequence[int], w
     require(len(set(names)) == len(names) > 0, f"arms {names}: expected at least one, each once")
     jobs = [(folder / spec.name / f"seed-{seed}", spec, seed) for spec in experiment.arms for seed in seeds]
     for path, spec, seed in jobs:
-        if path.exists():
-            open_run(path, spec, seed)
+        RunFolder(path).require_same(recorded(spec, seed))
     shared = folder / SHARED
     with _made(shared):
         if not all(RunFolder(path).finished for path, _, _ in jobs):
@@ -130,7 +130,8 @@ def _progress(jobs: Sequence[Job]) -> Iterator[Callable[[], None]]:
         total = progress.add_task("rounds", total=sum(spec.config.rounds for _, spec, _ in jobs))
 
         def update() -> None:
-            progress.update(total, completed=sum(len(RunFolder(path).rows()) for path, _, _ in jobs))
+            if not progress.disable:
+                progress.update(total, completed=sum(RunFolder(path).rounds for path, _, _ in jobs))
 
         yield update
 
@@ -142,6 +143,15 @@ def _made(shared: Path) -> Iterator[None]:
         shared.mkdir(parents=True, exist_ok=True)
     except OSError as reason:
         raise InvalidArgument(f"{shared.parent} cannot be written ({reason.strerror}); choose another") from reason
+    with (shared / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it, however the process ends
+        except OSError as reason:
+            raise InvalidArgument(f"another process plays {shared.parent}; wait for it, or choose another") from reason
+        yield from _tidied(shared)
+
+
+def _tidied(shared: Path) -> Iterator[None]:
     try:
         yield
     except InvalidArgument:

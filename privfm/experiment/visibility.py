@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from privfm.contracts import WORST_CLIENTS
 from privfm.experiment.config import RunConfig
 from privfm.federation.record import Visibility
 from privfm.federation.record import visibility as of_round
@@ -19,7 +20,7 @@ SUMMARY: dict[str, Visibility] = {
         (
             "arm", "title", "kind", "utility_metric", "utility_n", "utility_unit", "higher_is_better",
             "trivial_utility", "rule_name", "channel_name", "attack_name", "attack_knowledge", "trained_values",
-            "clients", "cohort_expected", "bytes_down_per_client",
+            "clients", "cohort_expected",
         ),
         "public",
     ),
@@ -31,6 +32,8 @@ def visibility(name: str) -> Visibility:
 
     What is unknown is private.
     """
+    if WORST_CLIENTS in name:
+        return "private"
     top = name.split(".", 1)[0]
     known = {**CONFIG, **ENVIRONMENT, **SUMMARY}.get(top)
     return of_round(name) if known is None else known

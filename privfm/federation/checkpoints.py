@@ -7,7 +7,7 @@ removed by the next save. There is no generator state to keep: seeds are named b
 
 from __future__ import annotations
 
-from hashlib import sha256
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from privfm.checks import BrokenCheckpoint
 from privfm.contracts import State
 from privfm.federation.client_states import Chunk, ClientStates
 from privfm.federation.round import RunState
-from privfm.files import read_json, write_json
+from privfm.files import file_digest, read_json, write_json
 
 FORMAT = 1
 INDEX = "checkpoint.json"
@@ -41,12 +41,12 @@ def save(state: RunState, folder: Path) -> RunState:
     save_file({name: value.contiguous() for name, value in tensors.items()}, part)
     part.replace(path)
 
-    chunks = clients.paths()
     index = {
         "format": FORMAT,
         "round": state.round,
+        "skipped": state.skipped,
         "state": path.name,
-        "sha256": {file.name: _digest(file) for file in (path, *chunks)},
+        "sha256": {path.name: file_digest(path)} | {file.name: digest for file, digest in clients.files().items()},
         "clients": {
             str(client): [chunk.path.name, row] for client, (chunk, row) in clients.index.items() if chunk.path
         },
@@ -55,7 +55,7 @@ def save(state: RunState, folder: Path) -> RunState:
     for file in folder.glob("*.safetensors"):
         if file.name not in index["sha256"]:  # type: ignore[operator]  # a dict, made above
             file.unlink()
-    return RunState(state.round, state.model, state.rule, state.optimizer, clients)
+    return replace(state, clients=clients)
 
 
 def load(folder: Path) -> RunState | None:
@@ -70,7 +70,7 @@ def load(folder: Path) -> RunState | None:
         return None
     index = _index(folder)
     for name, digest in index["sha256"].items():
-        if not (folder / name).is_file() or _digest(folder / name) != digest:
+        if not (folder / name).is_file() or file_digest(folder / name) != digest:
             raise BrokenCheckpoint(f"{folder / name} is missing, cut off or changed; delete {folder} to start anew")
     parts: dict[str, State] = {"rule": {}, "optimizer": {}}
     tensors = load_file(folder / index["state"])
@@ -78,9 +78,10 @@ def load(folder: Path) -> RunState | None:
         part, _, key = name.partition("/")
         if key:
             parts[part][key] = value
-    chunks = {name: Chunk(None, folder / name) for name, _ in index["clients"].values()}
+    chunks = {name: Chunk(None, folder / name, index["sha256"][name]) for name, _ in index["clients"].values()}
     clients = {int(client): (chunks[name], row) for client, (name, row) in index["clients"].items()}
-    return RunState(index["round"], tensors["model"], parts["rule"], parts["optimizer"], ClientStates(clients))
+    states = ClientStates(clients)
+    return RunState(index["round"], tensors["model"], parts["rule"], parts["optimizer"], states, index["skipped"])
 
 
 def _index(folder: Path) -> dict[str, Any]:
@@ -88,7 +89,3 @@ def _index(folder: Path) -> dict[str, Any]:
     if index.get("format") != FORMAT:
         raise BrokenCheckpoint(f"{folder / INDEX} is of format {index.get('format')}, this version reads {FORMAT}")
     return index
-
-
-def _digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()

@@ -15,15 +15,17 @@ from typing import final
 import torch
 
 from privfm.contracts import State
+from privfm.files import file_digest
 
 
 @final
 @dataclass(frozen=True)
 class Chunk:
-    """Rows of some clients `{name: (k, ...)}`, in memory (`rows`) or in a safetensors file (`path`)."""
+    """Rows of some clients `{name: (k, ...)}`, in memory (`rows`) or in a safetensors file (`path`, its SHA-256)."""
 
     rows: State | None
     path: Path | None = None
+    digest: str = ""
 
     def take(self, place: int) -> State:
         """One client's row, without a client dimension."""
@@ -70,9 +72,9 @@ class ClientStates:
             if chunk.rows is not None and id(chunk) not in moved:
                 path = folder / f"{stem}-{len(moved)}.safetensors"
                 save_file({name: value.contiguous() for name, value in chunk.rows.items()}, path)
-                moved[id(chunk)] = Chunk(None, path)
+                moved[id(chunk)] = Chunk(None, path, file_digest(path))
         return ClientStates({client: (moved.get(id(chunk), chunk), row) for client, (chunk, row) in self.index.items()})
 
-    def paths(self) -> list[Path]:
-        """Files that hold at least one client's latest row."""
-        return sorted({chunk.path for chunk, _ in self.index.values() if chunk.path is not None})
+    def files(self) -> dict[Path, str]:
+        """Files that hold at least one client's latest row, and their SHA-256."""
+        return {chunk.path: chunk.digest for chunk, _ in self.index.values() if chunk.path is not None}

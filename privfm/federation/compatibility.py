@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isinf
+from math import inf, isinf
 from typing import final
 
 from privfm.contracts import Channel, Reveals, Rule
@@ -40,7 +40,13 @@ def problems(arm: Arm, d: int, population: int) -> list[Problem]:
       d: trained values.
       population: number of clients.
     """
-    judges = (_channel(arm, d, population), _codecs(arm), _rule(arm, population), _plan(arm, population), _attack(arm))
+    judges = (
+        _channel(arm, d, population),
+        _codecs(arm),
+        _rule(arm, population),
+        _plan(arm, d, population),
+        _attack(arm),
+    )
     return [Problem(what, instead) for judge in judges for wrong, what, instead in judge if wrong]
 
 
@@ -121,7 +127,7 @@ def _rule(arm: Arm, population: int) -> Iterator[Finding]:
         )
 
 
-def _plan(arm: Arm, population: int) -> Iterator[Finding]:
+def _plan(arm: Arm, d: int, population: int) -> Iterator[Finding]:
     """What would make epsilon a lie."""
     plan = arm.plan
     if plan is None:
@@ -138,11 +144,13 @@ def _plan(arm: Arm, population: int) -> Iterator[Finding]:
         "leave the cohort out: the plan is accounted for its own sampling",
     )
     yield (
-        isinf(arm.codecs.norm_bound(plan.max_grad_norm, 1)),
+        isinf(arm.codecs.norm_bound(plan.max_grad_norm, d)),
         f"{_names(arm.codecs.parts)} can lengthen a clipped update without bound",
         "codecs with a norm bound",
     )
-    largest, length = arm.channel.largest_coordinate, arm.codecs.norm_bound(plan.max_grad_norm, 1)
+    similarity = arm.codecs.similarity
+    largest = arm.channel.largest_coordinate
+    length = arm.codecs.norm_bound(plan.max_grad_norm, d) / similarity if similarity else inf  # on the wire
     yield (
         largest is not None and length > largest,
         f"a clipped update may have a coordinate of {length:g}, {type(arm.channel).__name__} refuses beyond {largest}",

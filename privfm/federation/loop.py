@@ -78,13 +78,14 @@ def rounds(
     at_least("evaluate_every", evaluate_every, 1)
     fresh = start(federation)
     state = fresh if state is None else state
-    in_a_row = 0
+    if state.skipped > max_skipped:
+        raise RoundFailed(f"the run was given up after {state.skipped} skipped rounds in a row")
     while state.round < until:
         state, record = play(federation, state)
-        in_a_row = in_a_row + 1 if record.skipped else 0
-        if in_a_row > max_skipped:
-            raise RoundFailed(f"{in_a_row} rounds in a row were skipped, the last because: {record.skipped}")
         due = state.round % evaluate_every == 0 or state.round == until
         began = perf_counter()
         metrics = federation.learner.evaluate(state.model, "validation") if due else None
         yield Step(state, record, metrics, perf_counter() - began)
+        if state.skipped > max_skipped:  # after the yield, so that a checkpoint knows and a resumed run ends as well
+            why = "; ".join(part for part in (record.skipped, record.failure) if part)
+            raise RoundFailed(f"{state.skipped} rounds in a row were skipped, the last because: {why}")

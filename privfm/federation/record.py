@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, final
 
-from privfm.contracts import Metric
+from privfm.contracts import WORST_CLIENTS, Metric
 
 Visibility = Literal["released", "public", "private"]
 
@@ -32,12 +32,13 @@ class Record:
       kept: clients with a weight above zero; None where a row has no one weight.
       kept_malicious: of them, attackers.
       skipped: why the round was skipped; empty when it was played.
+      failure: the first reason why a client's training, or under a plan the protocol, failed; empty when nothing did.
       update_norm_median: L2 norm of a trained update before any step.
       bytes_up: all replies together.
       bytes_up_per_client: replies of a client that answered every stage, on average.
       bytes_down_per_client: the model and the requests of every stage.
       channel_error_relative_l2: L2 distance of the channel's sum from the plain sum of the same rows, over the latter's
-        norm; None where rows are revealed or a client was lost after it had sent.
+        norm; None where rows are revealed, or a client was lost after it had sent.
       seconds_training: local training and client steps.
       seconds_aggregation: everything else in the round.
     """
@@ -51,11 +52,12 @@ class Record:
     kept: int | None = _shown("private")
     kept_malicious: int | None = _shown("private")
     skipped: str = _shown("private")
+    failure: str = _shown("private")
     update_norm_median: float | None = _shown("private")
     channel_error_relative_l2: float | None = _shown("private")
     bytes_up: int = _shown("private")
-    bytes_up_per_client: float = _shown("public")
-    bytes_down_per_client: float = _shown("public")
+    bytes_up_per_client: float = _shown("private")
+    bytes_down_per_client: float = _shown("private")
     seconds_training: float = _shown("private")
     seconds_aggregation: float = _shown("private")
     leaked: dict[str, float] = _shown("private")
@@ -77,7 +79,13 @@ VISIBILITY: dict[str, Visibility] = {item.name: item.metadata["visibility"] for 
 
 
 def visibility(name: str) -> Visibility:
-    """Of a field of a round's row. Metrics are evaluations of released models; what is unknown is private."""
+    """Of a field of a round's row.
+
+    Metrics are evaluations of released models on data outside the clients' split, but for those that weigh them by
+    what clients hold. What is unknown is private.
+    """
+    if WORST_CLIENTS in name:
+        return "private"
     if name.startswith(("validation/", "test/")):
         return "released"
     return VISIBILITY.get(name, "private")

@@ -59,10 +59,15 @@ class RunState:
     rule: State
     optimizer: State
     clients: ClientStates
+    skipped: int = 0  # rounds in a row, up to now
 
 
 def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
-    """One round: the next state, and what happened. A round that cannot finish changes nothing but its number."""
+    """One round: the next state, and what happened.
+
+    A round that cannot finish leaves model, rule and optimizer as they were; clients remember that they trained. Under
+    a plan it releases its noise all the same: why it failed may depend on data.
+    """
     arm, learner, now, d = federation.arm, federation.learner, state.round, len(state.model)
     generator = federation.seeds.generator
     began = perf_counter()
@@ -72,7 +77,7 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
     way = Way(federation, state, rule, cohort)
     traffic = Traffic(federation.engine.open(arm.channel, way.sealed, way.honest, way.malicious, gone))
 
-    view, skipped, weights = WatchedView(EmptyView(d)), "", None
+    view, skipped, failure, weights = WatchedView(EmptyView(d)), "", "", None
     model, rule_state, optimizer = state.model, state.rule, state.optimizer
     try:
         view = WatchedView(arm.channel.collect(cohort, arm.intake(d, rule), traffic.exchange))
@@ -80,7 +85,12 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
         optimizer, model = arm.optimizer.step(state.optimizer, state.model, outcome.vector)
         weights = outcome.weights
     except (RoundFailed, CohortTooSmall) as reason:
-        skipped = str(reason)
+        failure = str(reason)
+        if arm.plan is None:
+            skipped = failure
+        else:
+            rule_state, outcome = rule.aggregate(state.rule, EmptyView(d), generator("noise", now))
+            optimizer, model = arm.optimizer.step(state.optimizer, state.model, outcome.vector)
 
     kept = None if weights is None else [i for i, w in zip(view.ids, weights.tolist(), strict=True) if w > 0]
     record = Record(
@@ -93,6 +103,7 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
         kept=None if kept is None else len(kept),
         kept_malicious=None if kept is None else len(set(kept) & set(way.malicious)),
         skipped=skipped,
+        failure=next(iter(way.failures.values()), failure),
         update_norm_median=median(way.norms) if way.norms else None,
         channel_error_relative_l2=way.channel_error(view),
         bytes_up=traffic.up,
@@ -102,7 +113,8 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
         seconds_aggregation=perf_counter() - began - way.seconds,
         leaked=arm.server_attack.look(view.seen) if arm.server_attack else {},
     )
-    return RunState(now + 1, model, rule_state, optimizer, way.clients), record
+    in_a_row = state.skipped + 1 if skipped else 0
+    return RunState(now + 1, model, rule_state, optimizer, way.clients, in_a_row), record
 
 
 @final
@@ -159,7 +171,8 @@ class Way:
     def channel_error(self, view: WatchedView) -> float | None:
         """See `Record.channel_error_relative_l2`; a simulation knows what was sent."""
         vectors = view.seen.vectors
-        if view.reveals is not Reveals.SUM or not vectors or set(view.ids) != self._summed:
+        sums = self._federation.arm.channel.reveals is Reveals.SUM  # elsewhere the server may clip what it opens
+        if not sums or not vectors or set(view.ids) != self._summed or not self._plain_sum.any():
             return None
         d = len(self._state.model)
         plain = self._federation.arm.intake(d, self._rule).total(self._plain_sum)

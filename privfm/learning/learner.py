@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, final
 
@@ -11,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from privfm.checks import InvalidArgument, require
 from privfm.contracts import (
+    WORST_CLIENTS,
     BuiltModel,
     Examples,
     Learner,
@@ -22,7 +24,7 @@ from privfm.contracts import (
     Trained,
 )
 from privfm.learning.tasks import IGNORED, CausalLM
-from privfm.learning.trunk import Activations, Trunk, content_digest, embeddings_trained, first_trained, trimmed
+from privfm.learning.trunk import Activations, Trunk, content_digest, first_trained, trimmed
 from privfm.randomness import seeded
 from privfm.vectors import Layout
 
@@ -57,10 +59,13 @@ class Workbench:
         self.initial = self.layout.flatten(self.parameters).cpu()
         self.trunk: Trunk | None = None
         first = first_trained(built.layers)
-        if first > 0 and not embeddings_trained(self.module):
-            self.trunk = Trunk(self.module, built.layers, first)
-            path = None if folder is None else folder / f"{content_digest(built.module, self.everything)}.activations"
-            self.activations = Activations.of(self.trunk, self.everything, self.device, path)
+        trunk = Trunk(self.module, built.layers, first) if first > 0 else None
+        if trunk is not None and trunk.trained_below(self.everything, self.device):
+            trunk.remove()
+        elif trunk is not None:
+            digest = content_digest(self.module, first, self.everything)
+            path = None if folder is None else folder / f"{digest}.activations"
+            self.trunk, self.activations = trunk, Activations.of(trunk, self.everything, self.device, path)
 
     def load(self, model: Tensor) -> nn.Module:
         """The module with `model (d,)` loaded, without dropout, as if nobody had used it before."""
@@ -69,6 +74,11 @@ class Workbench:
                 self.parameters[name].copy_(value)
                 self.parameters[name].grad = None
         return self.module.eval()
+
+    def frozen_versions(self) -> dict[str, int]:
+        """How often each value that is not trained was written to."""
+        everything = chain(self.module.named_parameters(), self.module.named_buffers())
+        return {name: value._version for name, value in everything if name not in self.parameters}
 
     def logits(self, examples: Examples) -> Tensor:
         """Logits under the loaded weights, from known activations where they apply; `examples` are trimmed."""
@@ -132,6 +142,7 @@ class ModelLearner(Learner):
         bench = self.bench
         rows = torch.full((len(batch), self.d), torch.nan)
         failed: dict[int, str] = {}
+        frozen = bench.frozen_versions()
         for place, (examples, generator) in enumerate(zip(batch, generators, strict=True)):
             module = bench.load(model)
             try:
@@ -140,6 +151,12 @@ class ModelLearner(Learner):
                 rows[place] = self._vector(trained) - model
             except Exception as reason:  # whatever a client's own code raises is this client's loss, not the round's
                 failed[place] = f"{type(reason).__name__}: {reason}"
+            changed = [name for name, version in bench.frozen_versions().items() if version != frozen.get(name)]
+            require(
+                not changed,
+                f"local training changed {', '.join(changed[:3])}, which no update carries: later clients would train "
+                "another model; freeze it, or make it part of what is trained",
+            )
         return Trained(rows, failed)
 
     def evaluate(self, model: Tensor, split: Split) -> dict[str, Metric]:
@@ -159,7 +176,7 @@ class ModelLearner(Learner):
         scores = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
         metrics = bench.task.summarise(scores, examples.labels, bench.label_names)
         if self.label_mix is not None:
-            metrics["worst_decile_client_accuracy"] = self._worst_decile(metrics, self.label_mix)
+            metrics[WORST_CLIENTS] = self._worst_decile(metrics, self.label_mix)
         return metrics
 
     def _vector(self, module: nn.Module) -> Tensor:
@@ -174,7 +191,8 @@ class ModelLearner(Learner):
         found = [metrics.get(f"accuracy/{name}") for name in self.bench.label_names]  # a small split may miss a label
         by_label = torch.tensor([0.0 if metric is None else metric.value for metric in found])
         mix = label_mix.float() * torch.tensor([metric is not None for metric in found])
-        clients = (mix @ by_label) / mix.sum(1).clamp(min=1)
+        known = mix.sum(1) > 0  # of a client without any of the split's labels nothing can be said
+        clients = (mix[known] @ by_label) / mix[known].sum(1)
         worst = clients.sort().values[: max(1, len(clients) // 10)]
         return Metric(float(worst.mean()), len(worst), True, "share")
 

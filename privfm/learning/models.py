@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Generator, Tensor, nn
@@ -338,7 +339,10 @@ def _with_adapter(module: nn.Module, adapter: LoRA | None, heads: tuple[str, ...
         modules_to_save=list(heads) or None,
         task_type=task_type,
     )
-    return get_peft_model(module, config)
+    with catch_warnings():
+        # PEFT 0.21 asks transformers 5.23 by a name that is deprecated there; nothing a user could change.
+        filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(module, config)
 
 
 def _built(module: nn.Module, tokenize: Callable[[Sequence[str]], dict[str, Tensor]] | None) -> BuiltModel:
@@ -348,7 +352,8 @@ def _built(module: nn.Module, tokenize: Callable[[Sequence[str]], dict[str, Tens
         folder.mkdir(parents=True, exist_ok=True)
         own: Any = getattr(module, "save_pretrained", None)
         if own is not None:
-            own(str(folder))
+            with _quiet():
+                own(str(folder))
         else:
             from safetensors.torch import save_file
 

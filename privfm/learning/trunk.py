@@ -31,16 +31,17 @@ def first_trained(layers: Sequence[nn.Module]) -> int:
     return trained.index(True) if True in trained else len(layers)
 
 
-def embeddings_trained(module: nn.Module) -> bool:
-    """Whether a parameter below the first block is trained, so that nothing may be cached."""
-    parts = [part for name, part in module.named_modules() if name.rsplit(".", 1)[-1].startswith("embed")]
-    return any(parameter.requires_grad for part in parts for parameter in part.parameters())
-
-
-def content_digest(module: nn.Module, everything: Examples) -> str:
-    """SHA-256 of a model's frozen values and of all inputs: what activations depend on."""
-    digest = sha256(f"{torch.__version__}".encode())
-    frozen = {name: value for name, value in module.named_parameters() if not value.requires_grad}
+def content_digest(module: nn.Module, first: int, everything: Examples) -> str:
+    """SHA-256 of what activations below block `first` depend on: the frozen values, how they are wired, the inputs."""
+    configuration: Any = getattr(module, "config", None)  # heads of attention, activation: not seen in the modules
+    wiring = configuration.to_json_string() if hasattr(configuration, "to_json_string") else ""
+    digest = sha256(f"{torch.__version__} {first} {wiring} {module}".encode())
+    # PEFT keeps an untrained copy of a trained head, which differs by seed and is never run.
+    frozen = {
+        name: value
+        for name, value in module.named_parameters()
+        if not value.requires_grad and ".original_module." not in name
+    }
     for name, value in sorted({**frozen, **everything.inputs}.items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
@@ -73,8 +74,23 @@ class Trunk:
         self._given: Tensor | None = None  # activations to pass on instead of computing them
         self._seen: Any = None  # what the last skipped block returned
         self._in_tuple = False  # blocks of some architectures return tuples
-        for place, block in enumerate(layers[:first]):
+        self._blocks = layers[:first]
+        for place, block in enumerate(self._blocks):
             self._patch(block, last=place == first - 1)
+
+    def trained_below(self, everything: Examples, device: torch.device) -> bool:
+        """Whether something below `first` is trained that is no block (embeddings): then nothing may be kept."""
+        probe = trimmed(everything.take(torch.zeros(1, dtype=torch.int64)))
+        with torch.enable_grad():
+            self._module(**_on(probe.inputs, device))
+        seen: Tensor = self._seen[0] if isinstance(self._seen, tuple) else self._seen
+        self._seen = None
+        return seen.requires_grad
+
+    def remove(self) -> None:
+        """Gives the blocks their own code back."""
+        for block in self._blocks:
+            del block.forward
 
     def activations(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Output of the last skipped block, `(b, T, h)`."""

@@ -70,6 +70,15 @@ class RunFolder:
                 run._note_environment(environment)
         return run
 
+    def require_same(self, config: Mapping[str, Any]) -> None:
+        """Looks, and changes nothing.
+
+        Raises:
+          InvalidArgument: a run of another configuration is here.
+        """
+        if (self.path / CONFIG).exists():
+            _require_same(self.path, recorded=self.config(), given=_plain("config", config))
+
     @property
     def finished(self) -> bool:
         """Whether the run came to its end: `summary.json` is there."""
@@ -91,6 +100,11 @@ class RunFolder:
         """
         require(self.finished, f"{self.path} is not finished; run it again to resume it")
         return read_json(self.path / SUMMARY)
+
+    @property
+    def rounds(self) -> int:
+        """Whole rows that are there, without reading what is in them."""
+        return len(self._lines())
 
     def rows(self) -> list[dict[str, Scalar]]:
         """The rows in the order they were written; a torn last line is left out.

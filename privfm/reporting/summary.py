@@ -6,6 +6,7 @@ clients under the same seed, so every comparison is paired by seed; only finishe
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite, sqrt
@@ -95,12 +96,14 @@ class ArmResult:
       summaries: seed -> `summary.json`.
       rows: seed -> rows of `rounds.jsonl`.
       environments: seed -> `env.json`.
+      configs: seed -> `config.json`.
     """
 
     arm: IndexedArm
     summaries: Mapping[int, Mapping[str, Any]]
     rows: Mapping[int, Sequence[Mapping[str, Scalar]]]
     environments: Mapping[int, Mapping[str, Any]]
+    configs: Mapping[int, Mapping[str, Any]]
 
     @property
     def title(self) -> str:
@@ -154,11 +157,11 @@ class ArmResult:
         return fmean(values) if values else None
 
     @property
-    def setting(self) -> tuple[object, ...]:
-        """What an attacked arm must share with the clean arm it is compared to."""
-        record = self.epsilon or {}
-        guarantee = tuple(record.get(name) for name in ("epsilon", "delta", "unit", "place"))
-        return *(self.facts.get(name) for name in ("kind", "rule", "channel", "trained_values")), *guarantee
+    def setting(self) -> str:
+        """What an attacked arm must share with the clean arm it is compared to: all of its configuration but these."""
+        config = next(iter(self.configs.values()), {})
+        shared = {name: value for name, value in config.items() if name not in ("seed", "attack", "malicious_share")}
+        return json.dumps(shared, sort_keys=True)
 
 
 @final
@@ -217,7 +220,7 @@ class Experiment:
         return tuple(arm for arm in self.finished if arm.attacked)
 
     def clean_partner(self, arm: ArmResult) -> ArmResult | None:
-        """The arm that differs from an attacked arm by the attack alone: same rule, channel and guarantee."""
+        """The arm whose configuration differs from an attacked arm's by the attack alone."""
         partners = (other for other in self.finished if not other.attacked and other.setting == arm.setting)
         return next(partners, None) if arm.attacked else None
 
@@ -285,4 +288,5 @@ def _read_arm(folder: Path, index: ExperimentIndex, arm: IndexedArm) -> ArmResul
         {seed: run.summary() for seed, run in done.items()},
         {seed: run.rows() for seed, run in done.items()},
         {seed: run.environment() for seed, run in done.items()},
+        {seed: run.config() for seed, run in done.items()},
     )

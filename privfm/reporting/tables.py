@@ -189,6 +189,21 @@ def _cells(experiment: Experiment, arm: ArmResult) -> tuple[str, ...]:
     )
 
 
+def _warnings(arm: ArmResult) -> list[str]:
+    """What a reader must know of an arm before its number means anything."""
+    found = []
+    if arm.attacked and arm.facts.get("channel_reveals") == "SUM":
+        found.append(f"{arm.title}: under a sum-only channel nobody enforces a malicious client's clip.")
+    if failed := arm.mean("failed_clients"):
+        why = next((summary["first_failure"] for summary in arm.summaries.values() if summary["first_failure"]), "")
+        found.append(f"{arm.title}: {failed:g} trainings of clients failed, the first with {why}.")
+    if skipped := arm.mean("skipped_rounds"):
+        found.append(f"{arm.title}: {skipped:g} of {arm.facts['rounds']} rounds were skipped.")
+    if absent := arm.mean("clients_without_rows"):
+        found.append(f"{arm.title}: {absent:g} natural clients hold no row of the clients' split and take no part.")
+    return found
+
+
 def _notes(experiment: Experiment) -> tuple[str, ...]:
     notes = []
     examples = sorted({int(arm.facts["utility_n"]) for arm in experiment.finished if arm.facts.get("utility_n")})
@@ -204,9 +219,11 @@ def _notes(experiment: Experiment) -> tuple[str, ...]:
         notes.append("Relative utility: (m - trivial) / (centralised - trivial).")
     if experiment.attacked:
         notes.append(
-            "Clean: the arm with the same rule, channel and guarantee, but no attack. Effect: the difference to it, "
-            "paired by seed, in points where utility is a share; missing where no such arm was run."
+            "Clean: the arm with the same configuration, but no attack. Effect: the difference to it, paired by seed, "
+            "in points where utility is a share; missing where no such arm was run."
         )
+    for arm in experiment.finished:
+        notes += _warnings(arm)
     if experiment.unfinished_runs:
         notes.append(f"Runs not finished: {experiment.unfinished_runs}. Means are over the finished ones.")
     return tuple(notes)

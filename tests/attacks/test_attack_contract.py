@@ -29,7 +29,11 @@ def made(attack: type[Attack]) -> Attack:
 
 
 CLASSES = [getattr(attacks, name) for name in attacks.__all__]
-ATTACKS = [made(each) for each in CLASSES if issubclass(each, Attack) and not inspect.isabstract(each)]
+ATTACKS = [
+    made(each)
+    for each in CLASSES
+    if inspect.isclass(each) and issubclass(each, Attack) and not inspect.isabstract(each)
+]
 ATTACKS += [ALIE(z=1.5), ALIE(statistics="honest"), ALIE(z=1.5, statistics="honest")]
 
 each_attack = pytest.mark.parametrize("attack", ATTACKS, ids=repr)

@@ -113,7 +113,7 @@ def test_calibration_with_sampling_comes_back_from_below():
     assert (plan.max_grad_norm, plan.sample_rate, plan.delta) == (0.5, 0.1, 1e-5)
 
 
-@pytest.mark.parametrize("epsilon", [0.01, 0.5, 3.0, 8.0, 50.0])
+@pytest.mark.parametrize("epsilon", [0.01, 0.5, 3.0, 8.0, 20.0])
 @pytest.mark.parametrize("rounds", [1, 3, 1000])
 def test_calibration_without_sampling_comes_back_from_below(epsilon, rounds):
     plan = DPPlan.calibrated(epsilon, delta=1e-5, rounds=rounds, sample_rate=1.0, max_grad_norm=1.0)
@@ -123,7 +123,7 @@ def test_calibration_without_sampling_comes_back_from_below(epsilon, rounds):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"epsilon": 0.0}, {"epsilon": -1.0}, {"epsilon": inf}, {"epsilon": float("nan")}, {"epsilon": 51.0},
+        {"epsilon": 0.0}, {"epsilon": -1.0}, {"epsilon": inf}, {"epsilon": float("nan")}, {"epsilon": 21.0},
         {"delta": 0.0}, {"delta": 1.0}, {"delta": float("nan")},
         {"rounds": 0}, {"rounds": 2.5},
         {"sample_rate": 0.0}, {"sample_rate": 1.5},

@@ -34,7 +34,9 @@ DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 def public_rules() -> list[Rule]:
     classes = [getattr(defenses, name) for name in defenses.__all__]
-    found = [each for each in classes if issubclass(each, Rule) and not inspect.isabstract(each)]
+    found = [
+        each for each in classes if inspect.isclass(each) and issubclass(each, Rule) and not inspect.isabstract(each)
+    ]
     return [rule for each in found for rule in made(each)] + [MultiKrum(f=2, m=3)]
 
 

@@ -112,7 +112,11 @@ def made(transform: type[Transform]) -> Transform:
 
 
 CLASSES = [getattr(defenses, name) for name in defenses.__all__]
-PUBLIC = [made(each) for each in CLASSES if issubclass(each, Transform) and not inspect.isabstract(each)]
+PUBLIC = [
+    made(each)
+    for each in CLASSES
+    if inspect.isclass(each) and issubclass(each, Transform) and not inspect.isabstract(each)
+]
 CHAINS = [
     Chain(()),
     Chain((Momentum(0.9), Clip(1.0))),

@@ -207,6 +207,24 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path: Path) -> None:
     assert len(RunFolder(tmp_path / "plain" / "seed-0").rows()) == 1
 
 
+def test_two_processes_on_one_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import privfm.experiment.runner as runner
+
+    experiment = Experiment("toy", "?", (spec(rounds=1),))
+
+    def second(*arguments: Any) -> None:
+        with pytest.raises(InvalidArgument, match="another process plays"):
+            run_experiment(experiment, tmp_path, [0], workers=1)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "play_run", second)
+        with pytest.raises(KeyboardInterrupt):
+            run_experiment(experiment, tmp_path, [0], workers=1)
+    run_experiment(experiment, tmp_path, [0], workers=1)  # the lock went with its holder
+    assert len(RunFolder(tmp_path / "plain" / "seed-0").rows()) == 1
+
+
 def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidArgument, match="cannot be written"):
@@ -230,9 +248,11 @@ def test_an_export_keeps_what_is_released_and_no_seed(whole: Path, tmp_path: Pat
     config = json.loads(kept["config.json"])
     assert "seed" not in config and config["plan"]["noise_multiplier"] == 1.0
     summary = json.loads(kept["summary.json"])
+    assert not [name for name in summary["metrics"] if "worst_decile" in name]
     assert "seed" not in summary and summary["epsilon"]["delta"] == 1e-3 and "seconds_total" not in summary
     for line in kept["rounds.jsonl"].splitlines():
         row = json.loads(line)
+        assert not [name for name in row if "worst_decile" in name or "bytes" in name]
         assert "sampled" not in row and "update_norm_median" not in row and "round" in row
 
 

@@ -335,6 +335,46 @@ def test_too_many_skipped_rounds_end_the_run(federation: Make, toys: Toys) -> No
         list(rounds(setting, 9, max_skipped=2))
 
 
+def test_a_run_that_was_given_up_stays_given_up(federation: Make, toys: Toys) -> None:
+    from privfm.checks import RoundFailed
+
+    setting = federation(rule=Krum(5), cohort=FixedSize(60), attack=toys["NotANumber"](), malicious=BAD)
+    seen = []
+    with pytest.raises(RoundFailed):
+        for step in rounds(setting, 9, max_skipped=2):
+            seen.append(step)  # noqa: PERF402  # kept although the generator raises
+    assert len(seen) == 3 and seen[-1].state.skipped == 3
+    with pytest.raises(RoundFailed, match="given up"):
+        next(rounds(setting, 9, seen[-1].state, max_skipped=2))
+
+
+def test_under_a_plan_a_failed_protocol_releases_its_noise(federation: Make, toys: Toys) -> None:
+    gone = Losing((("masked", frozenset({7, 9, 11})), ("unmask", frozenset(range(60)) - {0, 1})))
+    setting = federation(transforms=(toys["Quantize"](2**-12),), engine=gone, channel=toys["ThreeStages"](), plan=PLAN)
+    state, record = run(setting, 1)
+    assert not record.skipped and "survivor left" in record.failure
+    assert 0 < state.model.norm() < 10
+
+
+def test_why_clients_failed_is_recorded(federation: Make) -> None:
+    _, record = run(federation(fails=frozenset(range(60)), plan=PLAN), 1)
+    assert record.failure == "ValueError: no good" and record.failed == record.sampled and not record.skipped
+    _, record = run(federation(fails=frozenset(range(60))), 1)
+    assert "n >= 1" in record.skipped and record.failure == "ValueError: no good"
+
+
+def test_attackers_alone_fall_back_on_themselves(federation: Make) -> None:
+    setting = federation(cohort=FixedSize(60), malicious=tuple(range(60)), attack=ALIE(1.5, "honest"))
+    state, record = run(setting, 1)
+    assert not record.skipped and state.model.norm() > 0
+
+
+def test_a_curious_server_changes_nothing(federation: Make) -> None:
+    plain, _ = run(federation())
+    watched, _ = run(federation(server_attack=Look()))
+    assert torch.equal(plain.model, watched.model)
+
+
 def test_attacks_hurt_the_mean_and_rules_help(federation: Make) -> None:
     twelve: dict[str, Any] = {"attack": SignFlip(4.0), "malicious": tuple(range(12)), "cohort": FixedSize(60)}
     clean, attacked = accuracy(federation(cohort=FixedSize(60))), accuracy(federation(**twelve))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from privfm.checks import InvalidArgument
-from privfm.contracts import Examples, LocalTraining, Table
+from privfm.contracts import WORST_CLIENTS, Examples, LocalTraining, Table
 from privfm.learning import (
     SGD,
     AdamW,
@@ -20,6 +20,7 @@ from privfm.learning import (
     Schedule,
     SequenceClassification,
     SequenceClassifier,
+    VisionTransformer,
     Workbench,
 )
 from privfm.learning.trunk import block_stack, content_digest, first_trained
@@ -98,10 +99,43 @@ def test_activations_are_shared_through_a_file(bench: Bench, tmp_path: Path) -> 
 
 def test_the_file_is_named_by_content(bench: Bench) -> None:
     one, other = bench(), bench()
-    assert content_digest(one.module, one.everything) == content_digest(other.module, other.everything)
+    name = content_digest(one.module, 2, one.everything)
+    assert name == content_digest(other.module, 2, other.everything) != content_digest(other.module, 1, one.everything)
     with torch.no_grad():
         next(p for p in other.module.parameters() if not p.requires_grad).add_(1e-3)
-    assert content_digest(one.module, one.everything) != content_digest(other.module, other.everything)
+    assert name != content_digest(other.module, 2, other.everything)
+
+
+def test_the_name_follows_what_modules_do_not_show() -> None:
+    images = Examples({"pixel_values": torch.zeros(2, 1, 8, 8)}, torch.zeros(2).long())
+    names = set()
+    for heads in (2, 4):
+        source = VisionTransformer(hidden=16, depth=2, heads=heads)
+        names.add(content_digest(source.build(LABELS, Seeds(0).generator("initialisation")).module, 1, images))
+    assert len(names) == 2
+
+
+def test_nothing_is_kept_above_trained_embeddings(tiny_bert: str, sentences: list[str]) -> None:
+    adapter = LoRA(rank=2, modules=("word_embeddings", "query"), layers=None)
+    built = SequenceClassifier(tiny_bert, adapter=adapter).build(LABELS, Seeds(0).generator("initialisation"))
+    for name, parameter in built.module.named_parameters():
+        if ".layer." in name:
+            parameter.requires_grad_(False)  # only embeddings and head are left
+    bench = Workbench(built, SequenceClassification(), Table(sentences, torch.zeros(60).long(), LABELS))
+    assert bench.trunk is None and any("embed" in name for name in bench.parameters)
+    rows = updates(learner(bench), [0])
+    assert rows.norm() > 0
+
+
+def test_training_that_changes_what_is_frozen_ends_the_run(bench: Bench) -> None:
+    def mine(model: nn.Module, data: Examples) -> nn.Module:
+        with torch.no_grad():
+            next(p for p in model.parameters() if not p.requires_grad).add_(1.0)
+        return model
+
+    own = learner(bench(), OwnTraining(mine))
+    with pytest.raises(InvalidArgument, match="which no update carries"):
+        own.train(own.initial(), [own.bench.everything], Seeds(0).clients("data order", 0, [0]))
 
 
 def test_the_stack_of_blocks_is_found(bench: Bench) -> None:
@@ -209,7 +243,9 @@ def test_the_worst_decile_follows_the_clients_labels(bench: Bench) -> None:
     own.label_mix = torch.cat([torch.tensor([[5, 0]] * 18), torch.tensor([[0, 5]] * 2)])
     metrics = own.evaluate(own.initial(), "test")
     found = {name: metrics[f"accuracy/{name}"].value for name in LABELS if f"accuracy/{name}" in metrics}
-    assert metrics["worst_decile_client_accuracy"].value == pytest.approx(min(found.values()))
+    assert metrics[WORST_CLIENTS].value == pytest.approx(min(found.values()))
+    own.label_mix = torch.tensor([[5, 0], [0, 0]])  # nothing is known of the second client
+    assert own.evaluate(own.initial(), "test")[WORST_CLIENTS].value == pytest.approx(found["a"])
 
 
 def test_an_empty_split_is_refused(bench: Bench) -> None:

@@ -92,6 +92,14 @@ def summary_of(arm, seed, utility):
     }  # fmt: skip
 
 
+def config_of(arm, seed):
+    name, _, _, rule, attack, epsilon, channel, _ = arm
+    return {
+        "seed": seed, "rule": RULES[rule], "channel": channel, "plan": epsilon, "central": name == "centralised",
+        "attack": attack, "malicious_share": 0.2 if attack else 0.0,
+    }  # fmt: skip
+
+
 def make_experiment(
     folder,
     seeds=(0,),
@@ -108,7 +116,7 @@ def make_experiment(
         for seed in seeds:
             final = arm[-1] + 0.004 * seed * (-1) ** number
             noise = np.random.default_rng([number, seed]).normal(size=ROUNDS)
-            run = RunFolder.open(folder / arm[0] / f"seed-{seed}", {"arm": arm[0], "seed": seed}, environment)
+            run = RunFolder.open(folder / arm[0] / f"seed-{seed}", config_of(arm, seed), environment)
             for played in range(ROUNDS):
                 shape = (1 - math.exp(-played / 4)) / (1 - math.exp(-(ROUNDS - 1) / 4))
                 wobble = 0.006 * noise[played] * (played < ROUNDS - 1)

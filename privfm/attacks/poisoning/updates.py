@@ -48,7 +48,8 @@ class ALIE(UpdateAttack):
     Args:
       z: standard deviations; None computes it from the cohort (`alie_z`). The authors' experiments use 1.5.
       statistics: `own` estimates mean and deviation from the attackers' own honest updates, as the paper does;
-        `honest` is given those of the honest clients. A lone attacker with `own` sends its own update.
+        `honest` is given those of the honest clients (where none has answered, it falls back on its own). A lone
+        attacker with `own` sends its own update.
 
     Source: Baruch, Baruch, Goldberg, "A little is enough: circumventing defenses for distributed learning", 2019,
     algorithm 3 and section 3.1; sign `mean - z * deviation` and division by the count as in the authors' code.
@@ -74,7 +75,8 @@ class ALIE(UpdateAttack):
 
     def bend(self, own: Tensor, honest: Knowledge, generator: Generator) -> Tensor:
         z = alie_z(honest.cohort, len(own)) if self.z is None else self.z
-        if self.statistics == "honest":
+        alone = honest.level >= Knows.MOMENTS and not honest.answered
+        if self.statistics == "honest" and not alone:
             mean, deviation = honest.mean, honest.deviation
         else:
             mean, deviation = own.mean(0), own.std(0, correction=0)

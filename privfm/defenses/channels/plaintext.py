@@ -39,7 +39,7 @@ class Plaintext(Channel):
 
     def collect(self, cohort: Sequence[int], intake: Intake, exchange: Exchange) -> View:
         replies = _opened(exchange("update", dict.fromkeys(cohort, b"")), intake)
-        return _sum(replies, intake.d) if intake.needs == Reveals.SUM else _matrix(replies, intake.d)
+        return _sum(replies, intake.d) if intake.needs == Reveals.SUM else _matrix(replies, cohort, intake.d)
 
 
 def packed(encoded: Encoded) -> bytes:
@@ -102,9 +102,20 @@ def _sum(replies: Iterator[tuple[int, Tensor | None]], d: int) -> View:
     return SumView(total.float, tuple(sorted(ids)), d, bad)
 
 
-def _matrix(replies: Iterator[tuple[int, Tensor | None]], d: int) -> View:
-    arrived = dict(replies)
-    rows = {party: row for party, row in sorted(arrived.items()) if row is not None}
-    view = MatrixView(torch.stack(list(rows.values())) if rows else torch.zeros(0, d), tuple(rows))
-    view.bad = len(arrived) - len(rows)
+def _matrix(replies: Iterator[tuple[int, Tensor | None]], cohort: Sequence[int], d: int) -> View:
+    order = {party: place for place, party in enumerate(sorted(cohort))}
+    rows = torch.empty(len(cohort), d)  # filled as replies come: one matrix and one row at a time
+    arrived: list[int] = []
+    bad = 0
+    for party, row in replies:
+        if row is None:
+            bad += 1
+        else:
+            rows[order[party]] = row
+            arrived.append(party)
+    arrived.sort()
+    if len(arrived) < len(cohort):
+        rows = rows[[order[party] for party in arrived]]
+    view = MatrixView(rows, arrived)
+    view.bad = bad
     return view
