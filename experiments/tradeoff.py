@@ -100,7 +100,7 @@ def main(
     )
     console = Console()
     show(experiment_table(out), console)
-    console.print(f"report: {report}")
+    console.print(f"report: {report}", soft_wrap=True)
 
 
 def arms(federated: RunConfig, epsilons: Sequence[float], rate: float, clients: int) -> tuple[ArmSpec, ...]:

@@ -8,7 +8,7 @@ from typing import Any, Literal, final
 
 import torch
 
-from privfm.checks import at_least, require
+from privfm.checks import InvalidArgument, at_least, require
 from privfm.contracts import (
     Attack,
     Channel,
@@ -85,8 +85,11 @@ class RunConfig:
         at_least("evaluate_every", self.evaluate_every, 1)
         at_least("clients_per_batch", self.clients_per_batch, 1)
         require(0 <= self.malicious_share < 1, f"malicious_share={self.malicious_share!r}: expected a number in [0, 1)")
-        if self.device.startswith("cuda"):
-            require(torch.cuda.is_available(), f"device={self.device!r}: torch sees no GPU here; use cpu")
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as reason:
+            why = str(reason).strip().partition("\n")[0]
+            raise InvalidArgument(f"device={self.device!r} does not work here: {why}; use cpu") from reason
 
 
 @final

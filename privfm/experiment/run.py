@@ -69,6 +69,8 @@ def deal(config: RunConfig, seed: int) -> Dealt:
     """
     seeds, table = Seeds(seed), _table(config.data)
     splits = split(table, config.splits, seeds.generator("split"))
+    for name in ("validation", "test"):
+        require(len(splits[name]) > 0, f"splits.{name}=0: a run is evaluated on it; give it a share")
     rows = splits["clients"]
     natural = None if table.clients is None else [table.clients[row] for row in rows.tolist()]
     places = config.partition.assign(table.labels[rows], natural, seeds.generator("partition"))

@@ -27,6 +27,8 @@ from privfm.reporting import ExperimentIndex, IndexedArm, RunFolder, write_repor
 SHARED = ".shared"
 """Folder of what the arms share while an experiment runs."""
 
+LOCK = ".lock"
+
 POLL_SECONDS = 1.0
 
 
@@ -72,8 +74,7 @@ def run_experiment(experiment: Experiment, folder: Path, seeds: Sequence[int], w
     jobs = [(folder / spec.name / f"seed-{seed}", spec, seed) for spec in experiment.arms for seed in seeds]
     for path, spec, seed in jobs:
         RunFolder(path).require_same(recorded(spec, seed))
-    shared = folder / SHARED
-    with _made(shared):
+    with _held(folder) as shared:
         if not all(RunFolder(path).finished for path, _, _ in jobs):
             for seed in seeds:  # the activations that all arms share are computed here, once, with every core
                 for spec in experiment.arms:
@@ -137,29 +138,30 @@ def _progress(jobs: Sequence[Job]) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def _made(shared: Path) -> Iterator[None]:
-    """A folder for as long as the experiment is played; one that was refused leaves nothing behind."""
+def _held(folder: Path) -> Iterator[Path]:
+    """Holds an experiment's folder for this process alone, and gives one for what arms share while it is played.
+
+    What is shared goes when the block is left, and an experiment that was refused leaves nothing behind.
+    """
+    new = not folder.exists()
     try:
-        shared.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("w")
     except OSError as reason:
-        raise InvalidArgument(f"{shared.parent} cannot be written ({reason.strerror}); choose another") from reason
-    with (shared / "lock").open("w") as lock:
+        raise InvalidArgument(f"{folder} cannot be written ({reason.strerror}); choose another") from reason
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it, however the process ends
         except OSError as reason:
-            raise InvalidArgument(f"another process plays {shared.parent}; wait for it, or choose another") from reason
-        yield from _tidied(shared)
-
-
-def _tidied(shared: Path) -> Iterator[None]:
-    try:
-        yield
-    except InvalidArgument:
-        shutil.rmtree(shared)
-        if not any(shared.parent.iterdir()):
-            shared.parent.rmdir()
-        raise
-    shutil.rmtree(shared)
+            raise InvalidArgument(f"another process plays {folder}; wait for it, or choose another") from reason
+        shared = folder / SHARED
+        shared.mkdir(exist_ok=True)
+        try:
+            yield shared
+        finally:
+            shutil.rmtree(shared, ignore_errors=True)
+            if new and {path.name for path in folder.iterdir()} == {LOCK}:
+                shutil.rmtree(folder)
 
 
 def _write_index(experiment: Experiment, folder: Path, seeds: Sequence[int]) -> None:

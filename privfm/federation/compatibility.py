@@ -116,7 +116,8 @@ def _rule(arm: Arm, population: int) -> Iterator[Finding]:
         f"a cohort of at most {population}",
     )
     expected = int(arm.sampling.expected(population))
-    yield (arm.plan is None and expected < rule.smallest_cohort, rule.cohort_message(expected), "as it says")
+    message, _, way_out = rule.cohort_message(expected).partition("; ")
+    yield (arm.plan is None and expected < rule.smallest_cohort, message, way_out)
     inner: Rule = rule
     while isinstance(inner, PreAggregation):
         inner = inner.inner

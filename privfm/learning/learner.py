@@ -57,6 +57,7 @@ class Workbench:
         require(bool(self.parameters), "nothing is trained: the model has no parameter that requires gradients")
         self.layout = Layout.of(self.parameters)
         self.initial = self.layout.flatten(self.parameters).cpu()
+        self._try_one()
         self.trunk: Trunk | None = None
         first = first_trained(built.layers)
         trunk = Trunk(self.module, built.layers, first) if first > 0 else None
@@ -66,6 +67,18 @@ class Workbench:
             digest = content_digest(self.module, first, self.everything)
             path = None if folder is None else folder / f"{digest}.activations"
             self.trunk, self.activations = trunk, Activations.of(trunk, self.everything, self.device, path)
+
+    def _try_one(self) -> None:
+        """One example through model and loss, so that what does not fit is refused before anything is trained."""
+        one = trimmed(self.everything.take(torch.zeros(1, dtype=torch.int64)))
+        try:
+            with torch.no_grad():
+                output: Any = self.module(**{name: value.to(self.device) for name, value in one.inputs.items()})
+                losses = self.task.losses(getattr(output, "logits", output), one.labels.to(self.device))
+            require(losses.shape == (1,), f"expected one loss an example, got shape {tuple(losses.shape)}")
+        except (RuntimeError, IndexError, ValueError, TypeError) as reason:
+            kind = type(self.task).__name__
+            raise InvalidArgument(f"model, data and {kind} do not fit together: {_first_line(reason)}") from reason
 
     def load(self, model: Tensor) -> nn.Module:
         """The module with `model (d,)` loaded, without dropout, as if nobody had used it before."""
@@ -210,6 +223,10 @@ def _examples(table: Table, built: BuiltModel, task: Task) -> Examples:
     if isinstance(task, CausalLM):
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
     return Examples(inputs, labels, rows)
+
+
+def _first_line(reason: Exception) -> str:
+    return str(reason).strip().partition("\n")[0]
 
 
 def _by_length(examples: Examples) -> Tensor:

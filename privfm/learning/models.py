@@ -135,6 +135,7 @@ class CausalLanguageModel(ModelSource):
         with seeded(generator):
             module: Any = _pretrained(AutoModelForCausalLM, self.name)
             module.config.use_cache = False
+            _refuse_encoder(module, self.name)
             if self.adapter is not None:
                 module = _with_adapter(module, self.adapter, (), "CAUSAL_LM")
         return _built(module, _tokenize(tokenizer, self.max_length))
@@ -312,6 +313,15 @@ def _tokenize(tokenizer: Any, max_length: int) -> Callable[[Sequence[str]], dict
     return tokenize
 
 
+def _refuse_encoder(module: nn.Module, name: str) -> None:
+    """An encoder under a language-model head sees the token it is to predict."""
+    tokens = torch.tensor([[1, 2, 3, 1], [1, 2, 3, 2]])  # alike but for the last
+    with torch.no_grad():
+        logits = module.eval()(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+    causal = torch.allclose(logits[0, :-1], logits[1, :-1], atol=1e-4)
+    require(causal, f"name={name!r} reads later tokens: an encoder predicts what it sees; give a decoder")
+
+
 def _heads(module: nn.Module) -> tuple[str, ...]:
     """Names of the parts of a model that are made for the labels at hand."""
     return tuple(name for name in ("classifier", "score", "classification_head") if hasattr(module, name))
@@ -331,6 +341,9 @@ def _with_adapter(module: nn.Module, adapter: LoRA | None, heads: tuple[str, ...
             any(name == wanted or name.endswith(f".{wanted}") for name, _ in module.named_modules()),
             f"modules: the model has no {wanted!r}; its linear modules are {', '.join(sorted(ends))}",
         )
+    blocks = len(block_stack(module))
+    for layer in adapter.layers or ():
+        require(0 <= layer < blocks, f"layers={adapter.layers}: the model has blocks 0 to {blocks - 1}")
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT divides it, a float does

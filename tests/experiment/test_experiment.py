@@ -22,7 +22,7 @@ from privfm.defenses import DPPlan, Krum, Mean, TrimmedMean
 from privfm.defenses.channels import CKKS, Plaintext
 from privfm.experiment import ArmSpec, Experiment, RunConfig, play_run, resolved, run_experiment, visibility
 from privfm.federation import Adam, Average, FixedSize, Poisson
-from privfm.learning import IID, SGD, Digits, Dirichlet, ImageClassification, SmallCNN
+from privfm.learning import IID, SGD, Digits, Dirichlet, ImageClassification, SmallCNN, SplitShares
 from privfm.reporting import RunFolder, export_released
 
 CONFIG = RunConfig(
@@ -72,7 +72,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_experiment_leaves_runs_an_index_and_a_report(whole: Path) -> None:
     assert sorted(path.name for path in whole.iterdir()) == [
-        "attacked", "central", "experiment.json", "plain", "private", "report.html",
+        ".lock", "attacked", "central", "experiment.json", "plain", "private", "report.html",
     ]  # fmt: skip
     for name in ("central", "plain", "private", "attacked"):
         for seed in (0, 1):
@@ -190,6 +190,7 @@ def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
         (spec(rule=Krum(3), channel=CKKS(1.0, 40)), "Krum needs GRAM, CKKS reveals only SUM.*Plaintext"),
         (spec(rule=TrimmedMean(3), channel=CKKS(1.0, 40)), "TrimmedMean needs EACH.*Mean over CKKS"),
         (spec(rule=TrimmedMean(20)), r"f=20 needs n >= 2f\+1 = 41 updates for TrimmedMean, got n=12"),
+        (spec(splits=SplitShares(test=0.0)), r"splits\.test=0"),
         (spec(partition=Dirichlet(5000, alpha=1.0)), "5000"),
     ],
 )
@@ -264,7 +265,13 @@ def test_a_resolved_configuration_is_plain() -> None:
 
 
 def test_bad_arguments() -> None:
-    for change in ({"rounds": 0}, {"malicious_share": 1.0}, {"device": "cuda:77"}, {"evaluate_every": 0}):
+    for change in (
+        {"rounds": 0},
+        {"malicious_share": 1.0},
+        {"device": "cuda:77"},
+        {"device": "gpu"},
+        {"evaluate_every": 0},
+    ):
         with pytest.raises(InvalidArgument):
             spec(**change)
     with pytest.raises(InvalidArgument, match="seeds"):

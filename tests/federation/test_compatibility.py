@@ -36,7 +36,7 @@ def refusals(toys: Toys) -> list[tuple[dict[str, Any], str, str]]:
             "every length",
         ),
         ({"transforms": (quantize, Clip(1.0))}, "a client step stands after a codec", "codecs last"),
-        ({"rule": Krum(20)}, r"f=20 needs n >= 2f\+3 = 43 updates for Krum, got n=30", "as it says"),
+        ({"rule": Krum(20)}, r"f=20 needs n >= 2f\+3 = 43 updates for Krum, got n=30", "lower f"),
         ({"cohort": FixedSize(61)}, "the population has 60 clients", "at most 60"),
         ({"rule": MultiKrum(3), "plan": PLAN}, "no bounded sensitivity", "Mean"),
         ({"plan": PLAN, "cohort": FixedSize(30)}, "the plan samples each client at 0.5", "leave the cohort out"),

@@ -164,6 +164,25 @@ def test_what_is_missing_is_named(tiny_bert: str, tmp_path: Path) -> None:
         VisionTransformer(size=9)
 
 
+def test_an_encoder_is_no_language_model(tiny_bert: str) -> None:
+    with pytest.raises(InvalidArgument, match="reads later tokens"):
+        CausalLanguageModel(tiny_bert, adapter=None).build(("text",), generator())
+
+
+def test_layers_that_are_not_there_are_named(tiny_bert: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"layers=\(99,\): the model has blocks 0 to 2"):
+        SequenceClassifier(tiny_bert, adapter=LoRA(layers=(99,))).build(LABELS, generator())
+
+
+def test_a_task_that_does_not_fit_is_refused_before_training(tiny_bert: str, sentences: list[str]) -> None:
+    texts = Table(sentences, torch.zeros(60).long(), LABELS)
+    with pytest.raises(InvalidArgument, match="model, data and CausalLM do not fit together"):
+        Workbench(SequenceClassifier(tiny_bert).build(LABELS, generator()), CausalLM(), texts)
+    images = Table(torch.zeros(3, 1, 8, 8), torch.zeros(3).long(), LABELS)
+    with pytest.raises(InvalidArgument, match="do not fit together"):
+        Workbench(SmallCNN(channels=3).build(LABELS, generator()), ImageClassification(), images)
+
+
 def test_data_and_model_must_fit(tiny_bert: str) -> None:
     images = Table(torch.zeros(3, 1, 8, 8), torch.zeros(3).long(), LABELS)
     texts = Table(["w1", "w2", "w3"], torch.zeros(3).long(), LABELS)
