@@ -108,7 +108,8 @@ class DPPlan:
     Formal guarantee: with the cohorts secret and N public, the released models of all rounds are
     (epsilon, delta)-indistinguishable from those of a run in which one client's updates are zero (zero-out relation;
     for these mechanisms the same numbers as add-or-remove). It says nothing against the server, which sees the sum
-    before the noise, nor against anybody who knows who took part.
+    before the noise, nor against anybody who knows who took part. What is protected is what clients train on: rows of
+    the same people that fell to the validation or test split are evaluation data, and metrics on them are released.
 
     Conditions, enforced elsewhere: `compatibility.problems` refuses rules other than the mean, unbounded codecs and
     delta >= 1/N; the release fixes the denominator; rows are clipped again wherever the server opens them.
