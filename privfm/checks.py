@@ -40,10 +40,18 @@ class BrokenEnvelope(RuntimeError):
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """`; did you mean 'rounds'?` when one of `options` is close to `name`, else the list of options."""
+    """`; did you mean 'rounds'?` when one of `options` is close to `name`, else the list of options, if any."""
     known = sorted(options)
     close = get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def nearest_if_any(name: str, options: Iterable[str]) -> str:
+    """`; did you mean 'rounds'?` when one of `options` is close to `name`, else nothing: a list may be too long."""
+    hint = nearest(name, options)
+    return hint if hint.endswith("?") else ""
 
 
 def require(holds: bool, message: str) -> None:

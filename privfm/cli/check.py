@@ -181,9 +181,20 @@ def _who_sees_what(outline: Outline) -> Iterator[tuple[str, str]]:
     yield "clients see", f"the model of every round{granted}"
     bounded = "no guarantee bounds what they tell" if arm.plan is None else "what they tell is bounded, see below"
     yield "public sees", f"the released models: {bounded}"
+    yield from _too_many_malicious(outline)
     if arm.plan is not None and arm.malicious and arm.channel.reveals < Reveals.EACH:
         way = type(arm.channel).__name__
         yield "mind", f"over {way} nobody can make a malicious client clip: its update may be as long as it likes"
+
+
+def _too_many_malicious(outline: Outline) -> Iterator[tuple[str, str]]:
+    """Where an average cohort holds more malicious clients than the rule can take."""
+    arm, tolerated = outline.arm, outline.arm.rule.tolerated
+    cohort = arm.sampling.expected(outline.clients)
+    expected = cohort * len(arm.malicious) / outline.clients
+    if tolerated is not None and expected > tolerated:
+        name = type(arm.rule).__name__
+        yield "mind", f"about {expected:.3g} of {cohort:g} are malicious, {name} tolerates {tolerated}"
 
 
 def _key_holder(channel: Channel) -> str:

@@ -13,7 +13,7 @@ from inspect import isabstract, isclass, signature
 from pydoc import locate
 from typing import Any, final, get_args, get_type_hints
 
-from privfm.checks import nearest
+from privfm.checks import nearest, nearest_if_any
 
 Target = Callable[..., Any]
 """A class or function whose parameters are options."""
@@ -29,11 +29,13 @@ PUBLIC_MODULES = (
 
 _NOISE = ("Does not validate against", "Subtypes:", "Errors:", "Expected a <class 'NoneType'>", "Given value")
 _KEY = re.compile(r"Parser key \"([\w.]+)\":\s*(.*)")
+_HELP = re.compile(r"--([\w.]+)\.help:\s*(.*)")
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)':")
 _UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (.+)")
 _UNKNOWN_KEY = re.compile(r"Option '([\w.]+)' is not accepted")
 _UNKNOWN_KEY_OF_GROUP = re.compile(r"Group '([\w.]+)' does not accept option '([\w.]+)'")
 _UNKNOWN_WORDS = "unrecognized arguments: "
+_ABSTRACT = "Expected an instantiatable class, but "
 _MISSING = re.compile(r"the following arguments are required: (.+)")
 _WRONG_TYPE = re.compile(r"Expected an? (?:<class '([\w.]+)'>|(?:typing\.)?(.+?))\. Got value: (.*)")
 
@@ -45,12 +47,6 @@ def public_classes() -> dict[str, type]:
     modules = [import_module(name) for name in PUBLIC_MODULES]
     named = {name: getattr(module, name) for module in modules for name in module.__all__}
     return {name: value for name, value in named.items() if isclass(value)}
-
-
-def offer(name: str, options: Iterable[str]) -> str:
-    """`nearest`, or nothing where no option is near and a list of all would be too long."""
-    hint = nearest(name, options)
-    return hint if hint.endswith("?") else ""
 
 
 def explained(message: str, target: Target, options: Iterable[str]) -> str:
@@ -69,7 +65,7 @@ def explained(message: str, target: Target, options: Iterable[str]) -> str:
             break
         if not line or line.startswith(_NOISE):
             continue
-        if found := _KEY.fullmatch(line):
+        if found := _KEY.fullmatch(line) or _HELP.fullmatch(line):
             place.enter(found[1])
             line = found[2]
         elif found := _CLASS.fullmatch(line):
@@ -107,14 +103,39 @@ def _reason(line: str, place: _Place, options: Iterable[str]) -> str:
     if found := _MISSING.fullmatch(line):
         return f"missing {found[1]}"
     if found := _WRONG_TYPE.fullmatch(line):
-        kind = found[1] or found[2]
-        return f"expected {_WRITTEN.get(kind, kind)}, got {found[3]!r}"
+        return _wrong_type(place.name, found[1] or found[2], found[3])
+    if line.startswith(_ABSTRACT):
+        known = ", ".join(sorted(_choices(place.hint)))
+        return f"{line}; known: {known}" if known else line
+    return _wrong_option(line, place, options)
+
+
+def _wrong_type(place: str, kind: str, value: str) -> str:
+    owner, _, name = place.rpartition(".")
+    if owner and kind in _WRITTEN and value.startswith("["):  # jsonargparse leaves the items of such a list unread
+        return f"expected a list, and its items are not read here; write --{owner} '{{\"{name}\": [...]}}'"
+    return f"expected {_WRITTEN.get(kind, kind)}, got {value!r}"
+
+
+def _wrong_option(line: str, place: _Place, options: Iterable[str]) -> str:
+    """Of what there is no option, and what is nearest; any other line as it is."""
     names = _unknown_options(line)
     if place.name and names:
         return _no_option(place.owner, names[0])
-    if not names and line.startswith(_UNKNOWN_WORDS):
+    if not names and line.startswith(_UNKNOWN_WORDS) and "config" in options:
         return f"{line}; options are --name value, a configuration file stands before them"
-    return "; ".join(f"no option {name!r}{nearest(name, options)}" for name in names) or line
+    return "; ".join(_no_such_option(name, options) for name in names) or line
+
+
+def _no_such_option(dotted: str, options: Iterable[str]) -> str:
+    """The nearest option; of a class's own parameters, which are no options, the nearest to where the class stands."""
+    name = without_class_keys(dotted)
+    return f"no option {name!r}{nearest_if_any(name, options) or nearest(name.partition('.')[0], options)}"
+
+
+def without_class_keys(dotted: str) -> str:
+    """`cohort.init_args.size` -> `cohort`."""
+    return re.split(r"\.(?:class_path|init_args)\b", dotted)[0]
 
 
 def _unknown_options(line: str) -> list[str]:

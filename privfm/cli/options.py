@@ -12,8 +12,11 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace
 
-from privfm.checks import InvalidArgument, require
-from privfm.cli.explain import Target, explained, offer, public_classes
+from privfm.checks import InvalidArgument, nearest, nearest_if_any, require
+from privfm.cli.explain import Target, explained, public_classes, without_class_keys
+
+_CLASS_KEYS = frozenset({"class_path", "init_args", "dict_kwargs"})
+"""What jsonargparse reads in a table that names a class; the last is for classes that take any keyword."""
 
 
 def parser_for(target: Target, prog: str | None = None, usage: str | None = None, *, file: bool = True) -> Any:
@@ -52,6 +55,8 @@ def values(parser: Any, target: Target, argv: Sequence[str]) -> dict[str, Any]:
     """
     files, rest = split_off_files(argv)
     contents = [read_toml(file) for file in files]
+    for content in contents:
+        _refuse_wrong_keys("", content)
     words = [f"--config={file}" for file in files] + _flags_spelled_out(rest, target)
     try:
         parsed = parser.parse_args(words)
@@ -65,12 +70,18 @@ def values(parser: Any, target: Target, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def split_off_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The values of `--config`, and all other words: files come first, so that the command line wins over them."""
+    """The values of `--config`, and all other words: files come first, so that the command line wins over them.
+
+    Raises:
+      InvalidArgument: an option stands where the file should.
+    """
     files, rest, words = [], [], iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
         if name == "--config":
-            files.append(value if equals else next(words, ""))
+            file = value if equals else next(words, "")
+            require(not file.startswith("-"), f"--config={file}: expected a TOML file, got an option")
+            files.append(file)
         else:
             rest.append(word)
     return files, rest
@@ -84,12 +95,26 @@ def read_toml(file: str) -> dict[str, Any]:
     """
     path = Path(file)
     if not path.is_file():
-        beside = [str(other) for other in path.parent.glob("*.toml")]
-        raise InvalidArgument(f"CONFIG={file} is not a file{offer(file, beside)}")
+        beside = [str(other) for other in path.parent.glob("*.toml") if other.is_file()]
+        raise InvalidArgument(f"CONFIG={file} is not a file{nearest_if_any(file, beside)}")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as reason:
         raise InvalidArgument(f"CONFIG={file} is not TOML: {reason}") from reason
+
+
+def _refuse_wrong_keys(place: str, value: Any) -> None:
+    """What names a class has no keys of its own: jsonargparse says of them that the whole value is wrong."""
+    if isinstance(value, dict):
+        if _CLASS_KEYS.intersection(value) or all(nearest_if_any(key, ["class_path"]) for key in value):
+            wrong = next((key for key in value if key not in _CLASS_KEYS), None)
+            if wrong is not None:
+                raise InvalidArgument(f"{place or 'CONFIG'}: no key {wrong!r}{nearest(wrong, _CLASS_KEYS)}")
+        for key, part in value.items():
+            _refuse_wrong_keys(place if key == "init_args" else f"{place}.{key}".lstrip("."), part)
+    elif isinstance(value, list):
+        for part in value:
+            _refuse_wrong_keys(place, part)
 
 
 def _flags_spelled_out(words: Sequence[str], target: Target) -> list[str]:
@@ -113,9 +138,10 @@ def _refuse_unlisted(parsed: Any, words: set[str]) -> None:
     listed = public_classes() if paths else {}
     for path in paths:
         short = path.rpartition(".")[2]
+        near = nearest_if_any(short, listed)
         require(
             short not in words or short in listed,
-            f"{short!r} is no public class of privfm{offer(short, listed)} (a full import path is taken: {path})",
+            f"{short!r} is no public class of privfm{near} (a full import path is taken: {path})",
         )
 
 
@@ -143,4 +169,4 @@ def _words(value: Any) -> Iterator[str]:
 def _option_names(parser: Any) -> list[str]:
     """Dotted names of the options; parameters of a default's class belong to the class."""
     names = parser.get_defaults().keys()
-    return sorted({re.split(r"\.(?:class_path|init_args)\b", name)[0] for name in names})
+    return sorted({without_class_keys(name) for name in names})

@@ -14,6 +14,7 @@ from privfm.cli.options import parser_for, values
 from privfm.defenses import DPPlan
 from privfm.experiment import visibility
 from privfm.reporting import RunFolder, epsilon_paragraph, experiment_table, export_released, show, write_report
+from privfm.reporting.formats import rounds_text
 
 TOLERANCE = 1e-6
 """Relative difference between two epsilons that versions of the accountant may explain."""
@@ -86,7 +87,7 @@ def _account(run: Path) -> int:
     else:
         say("epsilon is infinite: the plan adds no noise, so that it guarantees nothing")
     if not folder.finished:
-        say(f"not finished: {played} rounds played of {config.get('rounds', 'unknown')}; nothing was claimed yet")
+        say(f"not finished: {rounds_text(played)} played of {config.get('rounds', 'unknown')}; nothing was claimed yet")
         return DONE
     return _compare(recorded or {}, record)
 
@@ -124,7 +125,10 @@ def _export(run: Path, released: bool = False, out: Path | None = None) -> int:
         "released=False: a record holds diagnostics that no guarantee covers, and the seed, from which the noise can "
         "be drawn again; give --released to leave them out (for yourself, copy the folder as it is)",
     )
-    say(f"exported: {export_released(_run_folder(run), visibility, run.parent / 'released' if out is None else out)}")
+    folder = _run_folder(run)
+    say(f"exported: {export_released(folder, visibility, run.parent / 'released' if out is None else out)}")
+    if folder.config().get("plan", "unknown") is None:
+        say("no plan: no guarantee covers what was exported")
     return DONE
 
 

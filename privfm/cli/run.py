@@ -10,6 +10,8 @@ from typing import Any, final
 
 from rich.console import Console
 
+from privfm.checks import InvalidArgument, require
+from privfm.cli.commands import COMMANDS
 from privfm.cli.errors import DONE, say
 from privfm.cli.explain import public_classes
 from privfm.cli.options import parser_for, read_toml, split_off_files, values
@@ -69,10 +71,16 @@ def request(command: str, argv: Sequence[str]) -> Request:
     if words and not words[0].startswith("-"):
         words = ["--config", *words]
     files, rest = split_off_files(words)
-    found = values(config_parser(command, files, rest), RunConfig, words)
+    try:
+        found = values(config_parser(command, files, rest), RunConfig, words)
+    except InvalidArgument as reason:
+        if words:
+            raise
+        raise InvalidArgument(f"{reason}; give a CONFIG.toml") from reason
     name = Path(files[0]).stem if files else "run"
     seeds, out, workers = (found.pop(option) for option in ("seeds", "out", "workers"))
-    return Request(name, RunConfig(**found), seeds, Path("runs", name) if out is None else out, workers)
+    require(out != "", "out='': expected a folder")
+    return Request(name, RunConfig(**found), seeds, Path("runs", name) if out is None else Path(out), workers)
 
 
 def config_parser(command: str, files: Sequence[str] = (), words: Sequence[str] = ()) -> Any:
@@ -84,11 +92,13 @@ def config_parser(command: str, files: Sequence[str] = (), words: Sequence[str] 
       words: the rest of the command line.
     """
     parser = parser_for(RunConfig, f"privfm {command}", f"privfm {command} [CONFIG.toml] [--key value ...]")
+    purpose = COMMANDS[command][1]
+    parser.description = f"{purpose[0].upper()}{purpose[1:]}."
     # A default class that another one replaces would leave it its parameters: Adam would get Average's learning rate.
     given = {name for file in files for name in read_toml(file)}
     given |= {word.partition("=")[0].removeprefix("--") for word in words}
     parser.set_defaults({name: {"class_path": kind} for name, kind in DEFAULTS.items() if name not in given})
     parser.add_argument("--seeds", type=tuple[int, ...], default=(0,), help="roots of the seed trees, a run each")
-    parser.add_argument("--out", type=Path | None, default=None, help="folder of the experiment (runs/CONFIG)")
+    parser.add_argument("--out", type=str | None, default=None, help="folder of the experiment (runs/CONFIG)")
     parser.add_argument("--workers", type=int, default=2, help="processes; results do not depend on them")
     return parser

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import escape
@@ -16,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privfm.checks import InvalidArgument, nearest, require
+from privfm.checks import InvalidArgument, nearest, nearest_if_any, require
 from privfm.contracts import DataSource, Table
 
 if TYPE_CHECKING:
@@ -236,7 +237,7 @@ def _load_local(path: str, loader: str, **how: Any) -> Any:
 
 
 def _load(path: str, *what: str | None, **how: Any) -> Any:
-    """`datasets.load_dataset` without progress bars; whatever it raises becomes one clear error about `path`."""
+    """`datasets.load_dataset` without progress bars and log; what it raises becomes one clear error about `path`."""
     import datasets
 
     with _quiet():
@@ -244,7 +245,10 @@ def _load(path: str, *what: str | None, **how: Any) -> Any:
             return datasets.load_dataset(*what, **how)
         except Exception as error:  # its own, pyarrow's, the hub's, the network's
             reason = error.__cause__ or error
-            way_out = "; nothing of that name is here: for local data, give their path" if path in what else ""
+            way_out = ""
+            if path in what:
+                near = _nearby(Path(path))
+                way_out = f"; nothing of that name is here{near or ': for local data, give their path'}"
             said = " ".join(str(reason).split()) or repr(reason)
             raise InvalidArgument(f"path={path!r} cannot be read: {said}{way_out}") from error
 
@@ -253,11 +257,17 @@ def _load(path: str, *what: str | None, **how: Any) -> Any:
 def _quiet() -> Iterator[None]:
     import datasets
 
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)  # retries and missing tokens: what matters is in the error that follows
     try:
         yield
     finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if shown:
             datasets.enable_progress_bars()
 
@@ -270,13 +280,8 @@ def _name_and_ending(file: Path) -> tuple[str, str]:
 
 def _nearby(file: Path) -> str:
     """Offers the nearest name in the folder where a missing file should lie."""
-    return _offer(file.name, [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else [])
-
-
-def _offer(name: str, options: Iterable[str]) -> str:
-    """The nearest option, if one is near: a folder may hold thousands, which nobody wants listed."""
-    hint = nearest(name, options)
-    return hint if hint.endswith("?") else ""
+    beside = file.parent.iterdir() if file.parent.is_dir() else ()
+    return nearest_if_any(file.name, [entry.name for entry in beside])
 
 
 # ----------------------------------------------------------------------------------------------------------- columns
@@ -285,7 +290,7 @@ def _offer(name: str, options: Iterable[str]) -> str:
 def _column(data: Dataset, field: str, name: str, path: str) -> list[Any]:
     there = data.column_names
     if name not in there:
-        offer = _offer(name, there)
+        offer = nearest_if_any(name, there)
         raise InvalidArgument(f"{field}={name!r} is no column of {path}{offer or ';'} its columns: {', '.join(there)}")
     require(len(data) > 0, f"{path} holds no row")
     return list(data[name])

@@ -38,7 +38,8 @@ def export_released(run: RunFolder, visibility: Visibility, destination: Path) -
     """Copies a run without its private fields.
 
     Configuration, environment, rows and summary are filtered alike. A nested field is judged by its dotted name
-    (`epsilon.delta`, `versions.torch`); the elements of a list share the list's name. It fails closed: a field is
+    (`epsilon.delta`, `versions.torch`); the elements of a list share the list's name, and
+    an empty container is judged by its own. It fails closed: a field is
     copied only where `visibility` returns `released` or `public` for it. Mind the name of `destination`: that of a run
     folder itself (`seed-7`) tells the seed.
 
@@ -67,10 +68,10 @@ def export_released(run: RunFolder, visibility: Visibility, destination: Path) -
 
 def _visible(name: str, value: Any, visibility: Visibility) -> Any:
     """What of a field may be seen, else `_NOTHING`; a container of which nothing is left goes as a whole."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         parts = {key: _visible(f"{name}.{key}" if name else key, part, visibility) for key, part in value.items()}
         return {key: part for key, part in parts.items() if part is not _NOTHING} or _NOTHING
-    if isinstance(value, list):
+    if isinstance(value, list) and value:
         elements = [_visible(name, part, visibility) for part in value]
         return [part for part in elements if part is not _NOTHING] or _NOTHING
     return value if visibility_of(name, visibility) != "private" else _NOTHING

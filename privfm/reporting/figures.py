@@ -66,7 +66,7 @@ def privacy_utility(experiment: Experiment) -> FigureBlock:
     name, title = "privacy", "Privacy against utility"
     arms = [arm for arm in experiment.private if arm.utility is not None]
     if not arms:
-        return FigureBlock(name, title, "", (), (), "no finished arm has a privacy guarantee")
+        return FigureBlock(name, title, "", (), (), "no finished arm without an attack has a privacy guarantee")
     kinds = {(record["unit"], record["adversary"], record["relation"]) for arm in arms if (record := arm.epsilon)}
     with drawing_style():
         panel = privacy_panel(experiment, arms, comparable=len(kinds) == 1)

@@ -54,6 +54,11 @@ def small_number(value: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
+def rounds_text(count: int) -> str:
+    """`1 round`, `20 rounds`."""
+    return f"{count} round{'' if count == 1 else 's'}"
+
+
 def epsilon_text(record: Mapping[str, Any] | None) -> str:
     """Epsilon with (delta, adversary) in short; the whole record stands in `epsilon_paragraph`."""
     if record is None:

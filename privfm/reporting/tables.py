@@ -13,6 +13,7 @@ from privfm.reporting.formats import (
     bytes_text,
     difference_text,
     epsilon_text,
+    rounds_text,
     seconds_text,
     small_number,
     spread_text,
@@ -33,6 +34,10 @@ PLACES = {
     "central": "the server adds noise and sees the sum without it",
     "distributed": "the clients' shares of noise add up, so that no one sees the sum without it",
 }
+
+
+VISIBLE_CHANNEL_ERROR = 1e-3
+"""Relative error of a channel's sum from which a reader is told of it; that of a fitting bound is far below."""
 
 
 @final
@@ -80,9 +85,7 @@ class ExperimentTable:
         lines = [tuple(column.title for column in self.columns), *(row.cells for row in self.rows)]
         cells = [[" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in lines]
         widths = [max(len(line[column]) for line in cells) for column in range(len(self.columns))]
-        padded = [
-            " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
-        ]
+        padded = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
         rule = " | ".join("-" * width for width in widths)
         table = "\n".join(f"| {line} |" for line in [padded[0], rule, *padded[1:]])
         return "\n\n".join([table, *self.notes, *self.guarantees]) + "\n"
@@ -158,10 +161,10 @@ def epsilon_paragraph(title: str, record: Mapping[str, Any]) -> str:
     """
     adversary, place = str(record["adversary"]), str(record["place"])
     bound = record.get("participation_bound")
-    took_part = "any number of rounds" if bound is None else f"at most {bound} rounds"
+    took_part = "any number of rounds" if bound is None else f"at most {rounds_text(bound)}"
     return (
         f"{title}: epsilon {small_number(record['epsilon'])} at delta {small_number(record['delta'])} "
-        f"after {record['rounds']} rounds. It covers one {record['unit']} that takes part in {took_part}, "
+        f"after {rounds_text(record['rounds'])}. It covers one {record['unit']} that takes part in {took_part}, "
         f"against {ADVERSARIES.get(adversary, adversary)}; neighbouring data sets: {record['relation']}. "
         f"Place of the noise: {place}{f' ({PLACES[place]})' if place in PLACES else ''}. "
         f"Accountant: {record['accountant']}; event: {record['event']}. "
@@ -194,14 +197,26 @@ def _warnings(arm: ArmResult) -> list[str]:
     found = []
     if arm.attacked and arm.facts.get("channel_reveals") == "SUM":
         found.append(f"{arm.title}: under a sum-only channel nobody enforces a malicious client's clip.")
+    error = max(arm.values("channel_error_relative_l2").values(), default=0.0)
+    if error > VISIBLE_CHANNEL_ERROR:
+        found.append(f"{arm.title}: the channel changed the sum by up to {100 * error:,.1f} %; lower its bound.")
     if failed := arm.mean("failed_clients"):
         why = next((summary["first_failure"] for summary in arm.summaries.values() if summary["first_failure"]), "")
         found.append(f"{arm.title}: {failed:g} trainings of clients failed, the first with {why}.")
     if skipped := arm.mean("skipped_rounds"):
-        found.append(f"{arm.title}: {skipped:g} of {arm.facts['rounds']} rounds were skipped.")
+        found.append(_skipped(arm, skipped))
     if absent := arm.mean("clients_without_rows"):
         found.append(f"{arm.title}: {absent:g} natural clients hold no row of the clients' split and take no part.")
     return found
+
+
+def _skipped(arm: ArmResult, skipped: float) -> str:
+    """How many rounds were skipped, a mean over seeds, and why the first one was."""
+    reason = next((row["skipped"] for rows in arm.rows.values() for row in rows if row.get("skipped")), None)
+    because = "" if reason is None else f", the first because: {reason}"
+    if skipped == arm.facts["rounds"]:
+        return f"{arm.title}: all rounds were skipped{because}. The model was never trained."
+    return f"{arm.title}: {skipped:g} of {rounds_text(arm.facts['rounds'])} were skipped{because}."
 
 
 def _notes(experiment: Experiment) -> tuple[str, ...]:

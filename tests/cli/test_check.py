@@ -71,6 +71,13 @@ def test_noise_of_zero_guarantees_nothing(example: str, capsys: pytest.CaptureFi
     assert checked(capsys, 0, example, *words)["epsilon"].startswith("infinite.")
 
 
+def test_more_malicious_clients_than_the_rule_tolerates(example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = checked(capsys, 0, example, "--malicious_share", "0.9")
+    assert found["mind"] == "about 18 of 20 are malicious, TrimmedMean tolerates 4"
+    assert "mind" not in checked(capsys, 0, example, "--malicious_share", "0.2")  # 4 of 20
+    assert "mind" not in checked(capsys, 0, example, "--malicious_share", "0.9", "--rule", "Mean")  # tolerates nothing
+
+
 def test_all_problems_with_their_ways_out(example: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--channel", "CKKS", "--channel.bound", "1", "--channel.clients", "10", "--malicious_share", "0"]
     assert main(["check", example, *words, *PLAN, "--plan.delta", "0.5"]) == 1

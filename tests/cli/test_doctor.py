@@ -23,6 +23,11 @@ def test_everything_works_here(
     assert lines[-1] == "everything that is needed works"
 
 
+def test_doctor_takes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "extra"]) == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: extra\n"
+
+
 def test_what_is_missing_comes_with_the_command() -> None:
     assert package("no-such-thing[extra]>=2", None) == Finding(
         "missing", "no-such-thing", "pip install 'no-such-thing[extra]>=2'", needed=True

@@ -145,7 +145,11 @@ WRONG = {
     "--attack ALIE --attack.statistics honst": "attack.statistics: expected Literal['own', 'honest'], got 'honst'",
     "--rule nowhere.Rule": "rule=nowhere.Rule: No module named 'nowhere'",
     "--rule collections.OrderedDict": "rule: Import path collections.OrderedDict does not correspond to a subclass",
-    "--rule GramRule": "rule: Expected an instantiatable class, but GramRule is abstract",
+    "--rule GramRule": "rule: Expected an instantiatable class, but GramRule is abstract; known: CenteredClipping",
+    "--rule.help Krummm": "rule: 'Krummm' is not known; did you mean 'Krum'?",
+    "--cohrt.size 3": "no option 'cohrt.size'; did you mean 'cohort'?",
+    "--config --rounds 3": "--config=--rounds: expected a TOML file, got an option",
+    "--out=": "out='': expected a folder",
     "--roun 3": "no option 'roun'; did you mean 'rounds'?",
     "extra": "unrecognized arguments: extra",
     "--rule.f -1": "f=-1: expected a whole number >= 0",
@@ -172,6 +176,10 @@ def test_one_clear_line(words: str, example: str, refused: Callable[..., str]) -
         ('[rule]\nclass_path = "Krum"\n[rule.init_args]\nff = 3', "rule=Krum: no option 'ff'; did you mean 'f'?"),
         ('[[transforms]]\nclass_path = "Clp"', "transforms: 'Clp' is not known; did you mean 'Clip'?"),
         ('model = {class_path = "SequenceClassifier", init_args = {adapter = {rnk = 3}}}', "model.adapter=LoRA: no "),
+        ('[cohrt]\nclass_path = "FixedSize"\n[cohrt.init_args]\nsize = 3', "no option 'cohrt'; did you mean 'cohort'?"),
+        ('rule = {class_pth = "Krum"}', "rule: no key 'class_pth'; did you mean 'class_path'?"),
+        ('rule = {class_path = "Krum", init_arg = {f = 3}}', "rule: no key 'init_arg'; did you mean 'init_args'?"),
+        ('[[transforms]]\nclass_path = "Clip"\ninit = {}', "transforms: no key 'init'; did you mean 'init_args'?"),
         ("rule = 3", "rule: Not a valid subclass of Rule. Got value: 3"),
         ("plan = {noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.3, delta=3.0}", "delta=3.0: expected a"),
     ],
@@ -189,6 +197,8 @@ def test_missing_file(tmp_path: Path, refused: Callable[..., str]) -> None:
     asked = tmp_path / "dmo.toml"
     assert refused("run", str(asked)) == f"CONFIG={asked} is not a file; did you mean '{tmp_path / 'demo.toml'}'?"
     assert refused("check", "--config") == "CONFIG= is not a file"
+    (tmp_path / "folder.toml").mkdir()
+    assert "'folder.toml'" not in refused("run", str(tmp_path / "folder.toml"))
 
 
 def test_syntax_error_names_the_line(tmp_path: Path, refused: Callable[..., str]) -> None:
@@ -199,7 +209,21 @@ def test_syntax_error_names_the_line(tmp_path: Path, refused: Callable[..., str]
 
 
 def test_nothing_given(refused: Callable[..., str]) -> None:
-    assert refused("run").startswith("missing data, model, task, partition, training")
+    error = refused("run")
+    assert error.startswith("missing data, model, task, partition, training")
+    assert error.endswith("; give a CONFIG.toml")
+
+
+def test_the_form_of_a_list_inside_an_option(example: str, refused: Callable[..., str]) -> None:
+    words = (example, "--model", "SequenceClassifier")
+    error = refused("run", *words, "--model.adapter.modules", '["query","value"]')
+    assert error.endswith("""write --model.adapter '{"modules": [...]}'""")
+    model = read(*words, "--model.adapter", '{"modules": ["query", "value"]}').model
+    assert model.adapter.modules == ("query", "value")  # type: ignore[attr-defined]
+
+
+def test_each_command_says_what_it_does() -> None:
+    assert config_parser("run").description != config_parser("check").description
 
 
 # -------------------------------------------------------------------------------------------------- classes and names

@@ -82,6 +82,7 @@ def test_report_is_written_again(private_experiment: Path, capsys: pytest.Captur
 def test_report_of_something_else(tmp_path: Path, refused: Callable[..., str]) -> None:
     assert "is not an experiment" in refused("report", str(tmp_path))
     assert refused("report") == "missing folder"
+    assert refused("report", str(tmp_path), "extra") == "unrecognized arguments: extra"
 
 
 # ------------------------------------------------------------------------------------------------------------ account
@@ -126,8 +127,8 @@ def test_account_of_an_unfinished_run(run_folder: Path, capsys: pytest.CaptureFi
     rows.write_text(rows.read_text().splitlines(keepends=True)[0])
     assert main(["account", str(run_folder)]) == 0
     out = capsys.readouterr().out
-    assert "after 1 rounds" in out
-    assert "not finished: 1 rounds played of 2" in out
+    assert "after 1 round. " in out
+    assert "not finished: 1 round played of 2" in out
 
 
 def test_account_without_noise(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,6 +160,12 @@ def test_export_leaves_out_what_is_private(run_folder: Path, capsys: pytest.Capt
         assert "cohort" not in json.loads(line)
         assert "utility" in json.loads(line)
     assert main(["account", str(copy)]) == 0
+
+
+def test_export_without_a_plan_says_so(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit(run_folder / "config.json", lambda config: config.update(plan=None))
+    assert main(["export", str(run_folder), "--released"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "no plan: no guarantee covers what was exported"
 
 
 def test_export_to_a_folder_of_its_own(run_folder: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

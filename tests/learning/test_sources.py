@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import logging
 import lzma
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,6 +157,22 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_error() -> None:
         InvalidArgument, match=r"path='someone/reviews' cannot be read: .*for local data, give their path"
     ):
         TextData("someone/reviews", "text").load()
+
+
+def test_what_is_not_on_the_hub_may_be_a_mistyped_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def from_hub(*_: object, **__: object) -> None:
+        logging.getLogger("huggingface_hub.utils").error("retrying")
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("datasets.load_dataset", from_hub)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.csv").touch()
+    with pytest.raises(InvalidArgument, match=r"nothing of that name is here; did you mean 'd.csv'\?$"):
+        TextData("d.cvs", "text").load()
+    assert caplog.records == []
+    assert logging.getLogger("huggingface_hub").level != logging.CRITICAL
 
 
 @pytest.mark.parametrize(

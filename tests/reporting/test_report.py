@@ -1,6 +1,7 @@
 """The table, the figures and the page of an experiment, on a made-up experiment of fourteen arms."""
 
 import io
+import json
 import math
 import re
 from itertools import pairwise
@@ -253,6 +254,35 @@ def test_the_plain_form_is_markdown_without_colour(folder):
     assert "against somebody who sees the released model, not the server" in output.getvalue()
 
 
+def test_a_reader_is_warned_of_a_coarse_channel_and_of_skipped_rounds(tmp_path):
+    arms = (make_arm("fine", 0.6), make_arm("coarse", 0.6), make_arm("some", 0.5), make_arm("none", 0.2))
+    folder = make_experiment(tmp_path, arms=arms)
+    changes = {"coarse": {"channel_error_relative_l2": 0.25}, "some": {"skipped_rounds": 1}}
+    changes["none"] = {"skipped_rounds": ROUNDS}
+    for name, change in changes.items():
+        run = folder / name / "seed-0"
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | change))
+        rows = (run / "rounds.jsonl").read_text()
+        if "skipped_rounds" in change:
+            (run / "rounds.jsonl").write_text(rows.replace('"skipped": ""', '"skipped": "too few updates"'))
+    notes = experiment_table(folder).notes
+    assert "coarse: the channel changed the sum by up to 25.0 %; lower its bound." in notes
+    assert "some: 1 of 20 rounds were skipped, the first because: too few updates." in notes
+    assert "none: all rounds were skipped, the first because: too few updates. The model was never trained." in notes
+    assert not any(note.startswith("fine:") for note in notes)
+
+
+def test_markdown_is_aligned_to_its_end(folder):
+    lines = experiment_table(folder).markdown().splitlines()[: 2 + len(ARMS)]
+    assert len({len(line) for line in lines}) == 1
+    assert all(line.endswith(" |") for line in lines)
+
+
+def test_text_on_the_page_wraps_on_a_phone(page):
+    assert re.search(r"^p, dl, ul \{.*overflow-wrap: anywhere", page, re.MULTILINE)
+
+
 def test_a_terminal_gets_every_arm(folder):
     output = io.StringIO()
     show(experiment_table(folder), Console(file=output, force_terminal=True, width=150))
@@ -280,7 +310,7 @@ def test_no_sentence_without_its_arms(tmp_path):
     assert answers(Experiment.read(folder)) == ()
     text = write_report(folder).read_text(encoding="utf-8")
     assert "Attack against defense: left out, no finished arm was attacked." in text
-    assert "Privacy against utility: left out, no finished arm has a privacy guarantee." in text
+    assert "Privacy against utility: left out, no finished arm without an attack has a privacy guarantee." in text
     assert "What is guaranteed" not in text
 
 

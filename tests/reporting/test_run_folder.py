@@ -256,6 +256,14 @@ def test_export_keeps_everything_that_is_public(told, tmp_path):
     assert (exported.rows(), exported.config(), exported.summary()) == (told.rows(), told.config(), told.summary())
 
 
+def test_an_empty_container_is_judged_by_its_name(tmp_path):
+    run = RunFolder.open(tmp_path / "run", {"transforms": [], "options": {}, "hidden": []}, {})
+    exported = RunFolder(
+        export_released(run, {"transforms": "public", "options": "public"}.__getitem__, tmp_path / "o")
+    )
+    assert exported.config() == {"transforms": [], "options": {}}
+
+
 def test_export_overwrites_nothing(told, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x", encoding="utf-8")
