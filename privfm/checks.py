@@ -54,6 +54,11 @@ def nearest_if_any(name: str, options: Iterable[str]) -> str:
     return hint if hint.endswith("?") else ""
 
 
+def first_line(reason: Exception) -> str:
+    """What somebody else's error says, in one line."""
+    return str(reason).strip().partition("\n")[0]
+
+
 def require(holds: bool, message: str) -> None:
     """Raises `InvalidArgument(message)` unless `holds`."""
     if not holds:

@@ -8,7 +8,7 @@ from typing import Any, Literal, final
 
 import torch
 
-from privfm.checks import InvalidArgument, at_least, require
+from privfm.checks import InvalidArgument, at_least, first_line, require
 from privfm.contracts import (
     Attack,
     Channel,
@@ -88,8 +88,8 @@ class RunConfig:
         try:
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as reason:
-            why = str(reason).strip().partition("\n")[0]
-            raise InvalidArgument(f"device={self.device!r} does not work here: {why}; use cpu") from reason
+            why = f"device={self.device!r} does not work here: {first_line(reason)}; use cpu"
+            raise InvalidArgument(why) from reason
 
 
 @final

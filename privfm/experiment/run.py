@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
-from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import Any, final
 
 import torch
@@ -22,7 +22,7 @@ from privfm.experiment.config import ArmSpec, RunConfig, resolved
 from privfm.federation import Arm, Federation, Population, choose_malicious, load, rounds, save
 from privfm.learning.learner import ModelLearner, Workbench
 from privfm.learning.partitions import Natural
-from privfm.learning.splits import split
+from privfm.learning.splits import SplitShares, split
 from privfm.learning.tasks import Classification
 from privfm.randomness import Seeds
 from privfm.reporting import RunFolder, describe_environment
@@ -67,14 +67,19 @@ def deal(config: RunConfig, seed: int) -> Dealt:
     Raises:
       InvalidArgument: the data cannot be read, or a client would be empty.
     """
-    seeds, table = Seeds(seed), _table(config.data)
-    splits = split(table, config.splits, seeds.generator("split"))
+    return _deal(config.data, config.splits, config.partition, seed)
+
+
+@lru_cache(maxsize=2)  # an experiment's arms, and its centralised reference
+def _deal(data: DataSource, shares: SplitShares, partition: Partition, seed: int) -> Dealt:
+    seeds, table = Seeds(seed), _table(data)
+    splits = split(table, shares, seeds.generator("split"))
     for name in ("validation", "test"):
         require(len(splits[name]) > 0, f"splits.{name}=0: a run is evaluated on it; give it a share")
     rows = splits["clients"]
     natural = None if table.clients is None else [table.clients[row] for row in rows.tolist()]
-    places = config.partition.assign(table.labels[rows], natural, seeds.generator("partition"))
-    return Dealt(table, splits, config.partition, [rows[own] for own in places])
+    places = partition.assign(table.labels[rows], natural, seeds.generator("partition"))
+    return Dealt(table, splits, partition, [rows[own] for own in places])
 
 
 def arm_of(config: RunConfig, clients: int, seed: int) -> Arm:
@@ -173,7 +178,7 @@ def _summary(
             name: {"value": m.value, "n": m.n, "higher_is_better": m.higher_is_better, "unit": m.unit}
             for name, m in metrics.items()
         },
-        "epsilon": None if config.plan is None else _finite(asdict(config.plan.record(len(rows)))),
+        "epsilon": None if config.plan is None else asdict(config.plan.record(len(rows))),
         "rule": repr(config.rule),
         "rule_name": type(config.rule).__name__,
         "channel": repr(config.channel),
@@ -185,8 +190,8 @@ def _summary(
         "trained_values": learner.d,
         "clients": federation.clients.size,
         "cohort_expected": federation.arm.sampling.expected(federation.clients.size),
-        "bytes_up_per_client": _mean(_column(rows, "bytes_up_per_client")),
-        "bytes_down_per_client": _mean(_column(rows, "bytes_down_per_client")),
+        "bytes_up_per_client": fmean(_column(rows, "bytes_up_per_client")),
+        "bytes_down_per_client": fmean(_column(rows, "bytes_down_per_client")),
         "seconds_total": sum(training) + sum(aggregation) + sum(evaluation),
         "seconds_training": sum(training),
         "seconds_aggregation": sum(aggregation),
@@ -198,15 +203,6 @@ def _column(rows: Sequence[Mapping[str, object]], name: str) -> list[float]:
     """A column of numbers, where there is one."""
     values = [row.get(name) for row in rows]
     return [float(value) for value in values if isinstance(value, (int, float))]
-
-
-def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """Without noise epsilon is infinite, which JSON cannot say: None, and the accountant field tells why."""
-    return {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in record.items()}
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 @lru_cache(maxsize=1)

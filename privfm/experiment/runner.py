@@ -23,6 +23,7 @@ from privfm.experiment.run import play_run, prepare, recorded
 from privfm.experiment.visibility import visibility
 from privfm.federation import refuse_problems
 from privfm.reporting import ExperimentIndex, IndexedArm, RunFolder, write_report
+from privfm.reporting.summary import INDEX
 
 SHARED = ".shared"
 """Folder of what the arms share while an experiment runs."""
@@ -71,7 +72,8 @@ def run_experiment(experiment: Experiment, folder: Path, seeds: Sequence[int], w
     require(len(set(seeds)) == len(seeds) > 0, f"seeds={list(seeds)}: expected at least one, each once")
     names = [spec.name for spec in experiment.arms]
     require(len(set(names)) == len(names) > 0, f"arms {names}: expected at least one, each once")
-    jobs = [(folder / spec.name / f"seed-{seed}", spec, seed) for spec in experiment.arms for seed in seeds]
+    index = _index(experiment, folder, seeds)
+    jobs = [(index.run_path(folder, spec.name, seed), spec, seed) for spec in experiment.arms for seed in seeds]
     for path, spec, seed in jobs:
         RunFolder(path).require_same(recorded(spec, seed))
     with _held(folder) as shared:
@@ -79,7 +81,7 @@ def run_experiment(experiment: Experiment, folder: Path, seeds: Sequence[int], w
             for seed in seeds:  # the activations that all arms share are computed here, once, with every core
                 for spec in experiment.arms:
                     refuse_problems(prepare(spec.config, seed, shared))
-        _write_index(experiment, folder, seeds)
+        index.write(folder)
         _play(jobs, shared, workers)
     return write_report(folder, visibility)
 
@@ -164,17 +166,15 @@ def _held(folder: Path) -> Iterator[Path]:
                 shutil.rmtree(folder)
 
 
-def _write_index(experiment: Experiment, folder: Path, seeds: Sequence[int]) -> None:
-    """Writes `experiment.json`; the day of the first call stays."""
-    created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    if (folder / "experiment.json").exists():
-        created = ExperimentIndex.read(folder).created
-    ExperimentIndex(
+def _index(experiment: Experiment, folder: Path, seeds: Sequence[int]) -> ExperimentIndex:
+    """What `experiment.json` will hold; the day of the first call stays."""
+    written = (folder / INDEX).exists()
+    return ExperimentIndex(
         name=experiment.name,
         question=experiment.question,
         command=shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
-        created=created,
+        created=ExperimentIndex.read(folder).created if written else f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         arms=tuple(IndexedArm(spec.name, spec.title, spec.group) for spec in experiment.arms),
         seeds=tuple(seeds),
         notes=experiment.notes,
-    ).write(folder)
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
 from typing import final
@@ -26,6 +26,7 @@ from privfm.contracts import (
     Rule,
     State,
     UpdateAttack,
+    View,
 )
 from privfm.defenses.views import EmptyView, WatchedView
 from privfm.federation.arm import Arm
@@ -77,20 +78,21 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
     way = Way(federation, state, rule, cohort)
     traffic = Traffic(federation.engine.open(arm.channel, way.sealed, way.honest, way.malicious, gone))
 
-    view, skipped, failure, weights = WatchedView(EmptyView(d)), "", "", None
-    model, rule_state, optimizer = state.model, state.rule, state.optimizer
-    try:
-        view = WatchedView(arm.channel.collect(cohort, arm.intake(d, rule), traffic.exchange))
+    def concluded(view: View) -> tuple[RunState, Tensor | None]:
         rule_state, outcome = rule.aggregate(state.rule, view, generator("noise", now))
         optimizer, model = arm.optimizer.step(state.optimizer, state.model, outcome.vector)
-        weights = outcome.weights
+        return replace(state, model=model, rule=rule_state, optimizer=optimizer), outcome.weights
+
+    view, after, weights, skipped, failure = WatchedView(EmptyView(d)), state, None, "", ""
+    try:
+        view = WatchedView(arm.channel.collect(cohort, arm.intake(d, rule), traffic.exchange))
+        after, weights = concluded(view)
     except (RoundFailed, CohortTooSmall) as reason:
         failure = str(reason)
         if arm.plan is None:
             skipped = failure
         else:
-            rule_state, outcome = rule.aggregate(state.rule, EmptyView(d), generator("noise", now))
-            optimizer, model = arm.optimizer.step(state.optimizer, state.model, outcome.vector)
+            after, _ = concluded(EmptyView(d))
 
     kept = None if weights is None else [i for i, w in zip(view.ids, weights.tolist(), strict=True) if w > 0]
     record = Record(
@@ -114,7 +116,7 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
         leaked=arm.server_attack.look(view.seen) if arm.server_attack else {},
     )
     in_a_row = state.skipped + 1 if skipped else 0
-    return RunState(now + 1, model, rule_state, optimizer, way.clients, in_a_row), record
+    return replace(after, round=now + 1, clients=way.clients, skipped=in_a_row), record
 
 
 @final
@@ -143,6 +145,7 @@ class Way:
         attack = federation.arm.attack
         level = attack.needs if isinstance(attack, UpdateAttack) else Knows.OWN
         self._known = Knowledge(level, len(cohort), self._imagined)
+        self._sums = federation.arm.channel.reveals is Reveals.SUM  # elsewhere the server may clip what it opens
         self._plain_sum = torch.zeros((), dtype=torch.float64)
         self._summed: set[int] = set()
 
@@ -160,8 +163,9 @@ class Way:
         encoded, _ = arm.codecs.encode(rows, {}, seeds.clients("codecs", now, ids))
         if attack is None and self._known.level > Knows.OWN:
             self._known.add(arm.codecs.decode(encoded, rows.shape[1]))
-        self._plain_sum = self._plain_sum + encoded.rows.double().sum(0)
-        self._summed |= set(ids)
+        if self._sums:
+            self._plain_sum = self._plain_sum + encoded.rows.double().sum(0)
+            self._summed |= set(ids)
         self.seconds += perf_counter() - began
         return {
             client: Encoded(encoded.rows[k : k + 1], {name: side[k : k + 1] for name, side in encoded.side.items()})
@@ -171,8 +175,7 @@ class Way:
     def channel_error(self, view: WatchedView) -> float | None:
         """See `Record.channel_error_relative_l2`; a simulation knows what was sent."""
         vectors = view.seen.vectors
-        sums = self._federation.arm.channel.reveals is Reveals.SUM  # elsewhere the server may clip what it opens
-        if not sums or not vectors or set(view.ids) != self._summed or not self._plain_sum.any():
+        if not self._sums or not vectors or set(view.ids) != self._summed or not self._plain_sum.any():
             return None
         d = len(self._state.model)
         plain = self._federation.arm.intake(d, self._rule).total(self._plain_sum)

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Generator, Tensor, nn
 
-from privfm.checks import InvalidArgument, require
+from privfm.checks import InvalidArgument, first_line, require
 from privfm.contracts import (
     WORST_CLIENTS,
     BuiltModel,
@@ -24,7 +24,7 @@ from privfm.contracts import (
     Trained,
 )
 from privfm.learning.tasks import IGNORED, CausalLM
-from privfm.learning.trunk import Activations, Trunk, content_digest, first_trained, trimmed
+from privfm.learning.trunk import Activations, Trunk, content_digest, first_example, first_trained, on_device, trimmed
 from privfm.randomness import seeded
 from privfm.vectors import Layout
 
@@ -70,15 +70,15 @@ class Workbench:
 
     def _try_one(self) -> None:
         """One example through model and loss, so that what does not fit is refused before anything is trained."""
-        one = trimmed(self.everything.take(torch.zeros(1, dtype=torch.int64)))
+        one = first_example(self.everything)
         try:
             with torch.no_grad():
-                output: Any = self.module(**{name: value.to(self.device) for name, value in one.inputs.items()})
+                output: Any = self.module(**on_device(one.inputs, self.device))
                 losses = self.task.losses(getattr(output, "logits", output), one.labels.to(self.device))
             require(losses.shape == (1,), f"expected one loss an example, got shape {tuple(losses.shape)}")
         except (RuntimeError, IndexError, ValueError, TypeError) as reason:
             kind = type(self.task).__name__
-            raise InvalidArgument(f"model, data and {kind} do not fit together: {_first_line(reason)}") from reason
+            raise InvalidArgument(f"model, data and {kind} do not fit together: {first_line(reason)}") from reason
 
     def load(self, model: Tensor) -> nn.Module:
         """The module with `model (d,)` loaded, without dropout, as if nobody had used it before."""
@@ -95,7 +95,7 @@ class Workbench:
 
     def logits(self, examples: Examples) -> Tensor:
         """Logits under the loaded weights, from known activations where they apply; `examples` are trimmed."""
-        inputs = {name: value.to(self.device) for name, value in examples.inputs.items()}
+        inputs = on_device(examples.inputs, self.device)
         if self.trunk is None or examples.rows is None:
             output: Any = self.module(**inputs)
         else:
@@ -164,12 +164,12 @@ class ModelLearner(Learner):
                 rows[place] = self._vector(trained) - model
             except Exception as reason:  # whatever a client's own code raises is this client's loss, not the round's
                 failed[place] = f"{type(reason).__name__}: {reason}"
-            changed = [name for name, version in bench.frozen_versions().items() if version != frozen.get(name)]
-            require(
-                not changed,
-                f"local training changed {', '.join(changed[:3])}, which no update carries: later clients would train "
-                "another model; freeze it, or make it part of what is trained",
-            )
+        changed = [name for name, version in bench.frozen_versions().items() if version != frozen.get(name)]
+        require(
+            not changed,
+            f"local training changed {', '.join(changed[:3])}, which no update carries: later clients would train "
+            "another model; freeze it, or make it part of what is trained",
+        )
         return Trained(rows, failed)
 
     def evaluate(self, model: Tensor, split: Split) -> dict[str, Metric]:
@@ -223,10 +223,6 @@ def _examples(table: Table, built: BuiltModel, task: Task) -> Examples:
     if isinstance(task, CausalLM):
         labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
     return Examples(inputs, labels, rows)
-
-
-def _first_line(reason: Exception) -> str:
-    return str(reason).strip().partition("\n")[0]
 
 
 def _by_length(examples: Examples) -> Tensor:

@@ -13,7 +13,7 @@ from warnings import catch_warnings, filterwarnings
 import torch
 from torch import Generator, Tensor, nn
 
-from privfm.checks import InvalidArgument, at_least, one_of, positive, require
+from privfm.checks import InvalidArgument, at_least, first_line, one_of, positive, require
 from privfm.contracts import BuiltModel, ModelSource
 from privfm.learning.trunk import block_stack
 from privfm.randomness import seeded
@@ -256,11 +256,17 @@ def resolved(name: str) -> str:
 
 
 def _pretrained(kind: Any, name: str, **options: Any) -> Any:
+    """A model, in float32."""
+    return _loaded(kind, name, dtype=torch.float32, **options)
+
+
+def _loaded(kind: Any, name: str, **options: Any) -> Any:
+    """Anything of transformers that a folder or a hub name holds."""
     place = resolved(name)
     local = name == "minilm" or Path(place).is_dir()
     try:
         with _quiet():
-            return kind.from_pretrained(place, dtype=torch.float32, local_files_only=local, **options)
+            return kind.from_pretrained(place, local_files_only=local, **options)
     except (OSError, ValueError) as reason:
         raise _unreachable(name, reason) from reason
 
@@ -268,7 +274,7 @@ def _pretrained(kind: Any, name: str, **options: Any) -> Any:
 def _unreachable(name: str, reason: Exception) -> InvalidArgument:
     return InvalidArgument(
         f"name={name!r} is neither a folder with a model and its tokenizer nor a hub name that can be reached: "
-        f"{str(reason).splitlines()[0]}"
+        f"{first_line(reason)}"
     )
 
 
@@ -292,11 +298,7 @@ def _quiet() -> Iterator[None]:
 def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    place = resolved(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=name == "minilm" or Path(place).is_dir())
-    except (OSError, ValueError) as reason:
-        raise _unreachable(name, reason) from reason
+    tokenizer = _loaded(AutoTokenizer, name)
     tokenizer.padding_side = "right"  # activations are stored up to a text's length
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -59,6 +59,16 @@ def trimmed(examples: Examples) -> Examples:
     return Examples(inputs, labels[:, :used] if labels.shape[1:] == (width,) else labels, examples.rows)
 
 
+def first_example(everything: Examples) -> Examples:
+    """One example without padding, to see what a model makes of it."""
+    return trimmed(everything.take(torch.zeros(1, dtype=torch.int64)))
+
+
+def on_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A model's inputs where the model is."""
+    return {name: value.to(device) for name, value in inputs.items()}
+
+
 @final
 class Trunk:
     """Short-circuits the blocks below `first`.
@@ -80,12 +90,7 @@ class Trunk:
 
     def trained_below(self, everything: Examples, device: torch.device) -> bool:
         """Whether something below `first` is trained that is no block (embeddings): then nothing may be kept."""
-        probe = trimmed(everything.take(torch.zeros(1, dtype=torch.int64)))
-        with torch.enable_grad():
-            self._module(**_on(probe.inputs, device))
-        seen: Tensor = self._seen[0] if isinstance(self._seen, tuple) else self._seen
-        self._seen = None
-        return seen.requires_grad
+        return self._run(on_device(first_example(everything).inputs, device), gradients=True).requires_grad
 
     def remove(self) -> None:
         """Gives the blocks their own code back."""
@@ -94,12 +99,7 @@ class Trunk:
 
     def activations(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Output of the last skipped block, `(b, T, h)`."""
-        with torch.no_grad():
-            self._module(**inputs)
-        self._in_tuple = isinstance(self._seen, tuple)
-        seen: Tensor = self._seen[0] if self._in_tuple else self._seen
-        self._seen = None
-        return seen
+        return self._run(inputs, gradients=False)
 
     def resume(self, inputs: Mapping[str, Tensor], activations: Tensor) -> Any:
         """The model's output on `inputs`, from known activations of the last skipped block `(b, T, h)`."""
@@ -108,6 +108,14 @@ class Trunk:
             return self._module(**inputs)
         finally:
             self._given = None
+
+    def _run(self, inputs: Mapping[str, Tensor], gradients: bool) -> Tensor:
+        with torch.set_grad_enabled(gradients):
+            self._module(**inputs)
+        self._in_tuple = isinstance(self._seen, tuple)
+        seen: Tensor = self._seen[0] if self._in_tuple else self._seen
+        self._seen = None
+        return seen
 
     def _patch(self, block: nn.Module, last: bool) -> None:
         own = block.forward
@@ -145,8 +153,7 @@ class Activations:
             this model and this table: a caller uses a folder of its own for each.
           batch_size: examples at once.
         """
-        probe = trimmed(everything.take(torch.zeros(1, dtype=torch.int64)))
-        _, length, width = trunk.activations(_on(probe.inputs, device)).shape
+        _, length, width = trunk.activations(on_device(first_example(everything).inputs, device)).shape
         mask = everything.inputs.get("attention_mask")
         lengths = torch.full((len(everything),), length) if mask is None else mask.sum(1)
         size = (int(lengths.sum()), width)
@@ -156,7 +163,7 @@ class Activations:
         held = cls(torch.empty(size) if part is None else _mapped(part, size), lengths)
         for places in torch.split(lengths.argsort(descending=True, stable=True), batch_size):
             batch = trimmed(everything.take(places))
-            held._put(places, trunk.activations(_on(batch.inputs, device)).float().cpu())
+            held._put(places, trunk.activations(on_device(batch.inputs, device)).float().cpu())
         if part is not None and path is not None:
             part.replace(path)  # the mapping stays valid; nobody ever sees a half-written file
         return held
@@ -175,10 +182,6 @@ class Activations:
         for place, row in zip(places.tolist(), activations, strict=True):
             begin, length = self._begins[place], self._lengths[place]
             self._flat[begin : begin + length] = row[:length]
-
-
-def _on(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def _mapped(path: Path, size: tuple[int, int]) -> Tensor:
