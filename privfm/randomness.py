@@ -53,5 +53,7 @@ def seeded(generator: Generator) -> Iterator[None]:
     """
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_available():  # torch.manual_seed notes a stack trace for each kind of device that is not there
+            torch.cuda.manual_seed_all(seed)
         yield
