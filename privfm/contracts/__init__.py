@@ -30,7 +30,6 @@ from privfm.contracts.learning import (
     Clients,
     DataSource,
     Examples,
-    GradientPrivacy,
     Learner,
     LocalTraining,
     Metric,
@@ -42,6 +41,7 @@ from privfm.contracts.learning import (
     Task,
     Trained,
 )
+from privfm.contracts.privacy import Clipping, GradientPrivacy, Spans
 from privfm.contracts.rules import ROOT, Outcome, Rule, ServerOptimizer, State
 from privfm.contracts.transforms import Encoded, Intake, Transform
 from privfm.contracts.views import MatrixView, Reveals, StoredView, View
@@ -56,6 +56,7 @@ __all__ = [
     "BuiltModel",
     "Channel",
     "Clients",
+    "Clipping",
     "DataAttack",
     "DataSource",
     "Encoded",
@@ -83,6 +84,7 @@ __all__ = [
     "ServerAttack",
     "ServerOptimizer",
     "Split",
+    "Spans",
     "State",
     "StoredView",
     "Table",

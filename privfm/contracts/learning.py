@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 
 from privfm.adapters import AdapterLayout
 from privfm.checks import require
+from privfm.contracts.privacy import GradientPrivacy, Spans
 
 Split = Literal["clients", "validation", "test", "server", "holdout"]
 SPLITS: tuple[Split, ...] = ("clients", "validation", "test", "server", "holdout")
@@ -268,9 +269,33 @@ class Learner(ABC):
     def initial(self) -> Tensor:
         """The model before the first round, `(d,)`."""
 
+    @property
+    def layers(self) -> Spans:
+        """Columns of each layer's trained values in an update; one for the whole where layers are not known."""
+        return ((0, self.d),)
+
+    def refuses_private_gradients(self) -> str:
+        """Why this learner cannot train under a `GradientPrivacy`; empty where it can."""
+        return f"{type(self).__name__} computes no gradients of single examples"
+
     @abstractmethod
-    def train(self, model: Tensor, batch: Sequence[Examples], generators: Sequence[Generator]) -> Trained:
-        """`model (d,)` and k clients' examples -> `(k, d)` updates."""
+    def train(
+        self,
+        model: Tensor,
+        batch: Sequence[Examples],
+        generators: Sequence[Generator],
+        privacy: GradientPrivacy | None = None,
+        active: Tensor | None = None,
+    ) -> Trained:
+        """`model (d,)` and k clients' examples -> `(k, d)` updates.
+
+        Args:
+          model: what all of them start from.
+          batch: each client's examples.
+          generators: each client's own, for the order of its data and its dropout, under a plan also for its noise.
+          privacy: example-level privacy of every step; None: plain steps.
+          active: `(d,)` bool, what is trained in this round; the rest of a row is zero. None: everything.
+        """
 
     @abstractmethod
     def evaluate(self, model: Tensor, split: Split) -> dict[str, Metric]:
@@ -288,11 +313,3 @@ class Clients(ABC):
     @abstractmethod
     def examples(self, client: int) -> Examples:
         """One client's examples."""
-
-
-class GradientPrivacy(ABC):
-    """The one bridge between example-level plans and training: per-example gradients in, private gradients out."""
-
-    @abstractmethod
-    def privatize(self, per_example: Tensor, generators: Sequence[Generator]) -> Tensor:
-        """`(K, b, p)` per-example gradients of K clients, K generators -> `(K, p)`."""

@@ -16,6 +16,7 @@ from privfm.contracts import (
     WORST_CLIENTS,
     BuiltModel,
     Examples,
+    GradientPrivacy,
     Learner,
     LocalTraining,
     Metric,
@@ -187,7 +188,14 @@ class ModelLearner(Learner):
         """Labels of a split."""
         return self.bench.everything.labels[self.splits[split]]
 
-    def train(self, model: Tensor, batch: Sequence[Examples], generators: Sequence[Generator]) -> Trained:
+    def train(
+        self,
+        model: Tensor,
+        batch: Sequence[Examples],
+        generators: Sequence[Generator],
+        privacy: GradientPrivacy | None = None,
+        active: Tensor | None = None,
+    ) -> Trained:
         bench = self.bench
         rows = torch.full((len(batch), self.d), torch.nan)
         failed: dict[int, str] = {}

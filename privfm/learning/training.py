@@ -5,15 +5,19 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import final
 
 import torch
 from torch import Generator, Tensor, nn
 
 from privfm.checks import at_least, fraction, non_negative, positive, require
-from privfm.contracts import Examples, LocalTraining
+from privfm.contracts import Examples, LocalTraining, State
 
 Losses = Callable[[Examples], Tensor]
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+"""Defaults of torch's AdamW, and of Kingma and Ba, "Adam", 2015, algorithm 1."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,21 @@ class Descent(LocalTraining):
 
     schedule: Schedule
 
+    def stacked(self, weights: Tensor) -> State:
+        """The optimizer's state for many clients at once, from their weights `(K, d)`: zeros of that shape by name."""
+        return {}
+
+    @abstractmethod
+    def step(self, weights: Tensor, gradients: Tensor, state: State, now: int) -> None:
+        """One step of the first k of K clients, in place: what `optimizer` does, on matrices.
+
+        Args:
+          weights: `(K, d)`; only the first k rows change, those of the clients that still train.
+          gradients: `(k, d)`.
+          state: of `stacked`; changed in place.
+          now: steps these clients have made, from 0.
+        """
+
     @abstractmethod
     def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """A fresh optimizer of the trained parameters."""
@@ -96,6 +115,15 @@ class SGD(Descent):
         positive("learning_rate", self.learning_rate)
         fraction("momentum", self.momentum, zero=True, one=False)
 
+    def stacked(self, weights: Tensor) -> State:
+        return {"momentum": torch.zeros_like(weights)} if self.momentum else {}
+
+    def step(self, weights: Tensor, gradients: Tensor, state: State, now: int) -> None:
+        k = len(gradients)
+        if self.momentum:
+            gradients = state["momentum"][:k].mul_(self.momentum).add_(gradients)
+        weights[:k].sub_(gradients, alpha=self.learning_rate)
+
     def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=self.learning_rate, momentum=self.momentum)
 
@@ -120,6 +148,18 @@ class AdamW(Descent):
     def __post_init__(self) -> None:
         positive("learning_rate", self.learning_rate)
         non_negative("weight_decay", self.weight_decay)
+
+    def stacked(self, weights: Tensor) -> State:
+        return {name: torch.zeros_like(weights) for name in ("first", "second")}
+
+    def step(self, weights: Tensor, gradients: Tensor, state: State, now: int) -> None:
+        (beta_1, beta_2), floor = BETAS, EPSILON
+        rows, first, second = (value[: len(gradients)] for value in (weights, state["first"], state["second"]))
+        rows.mul_(1 - self.learning_rate * self.weight_decay)
+        first.lerp_(gradients, 1 - beta_1)
+        second.mul_(beta_2).addcmul_(gradients, gradients, value=1 - beta_2)
+        scale = (second.sqrt() / sqrt(1 - beta_2 ** (now + 1))).add_(floor)
+        rows.addcdiv_(first, scale, value=-self.learning_rate / (1 - beta_1 ** (now + 1)))
 
     def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
