@@ -57,6 +57,7 @@ class Outline:
       d: trained values.
       clients: in the population.
       rooted: the server has examples of its own.
+      examples: how many each client holds.
     """
 
     arm: Arm
@@ -64,6 +65,7 @@ class Outline:
     d: int
     clients: int
     rooted: bool
+    examples: tuple[int, ...]
 
     @classmethod
     def of(cls, config: RunConfig, seed: int) -> Outline:
@@ -79,7 +81,8 @@ class Outline:
         bench = Workbench(built, config.task, first, config.device)
         clients = len(dealt.clients)
         rooted = len(dealt.splits["server"]) > 0
-        return cls(arm_of(config, clients, seed), config.rounds, bench.layout.d, clients, rooted)
+        sizes = tuple(len(rows) for rows in dealt.clients)
+        return cls(arm_of(config, clients, seed), config.rounds, bench.layout.d, clients, rooted, sizes)
 
 
 def check(argv: Sequence[str]) -> int:
@@ -96,7 +99,7 @@ def check(argv: Sequence[str]) -> int:
         return DONE
     asked: Request = request("check", argv)
     outline = Outline.of(asked.config, next(iter(asked.seeds), 0))
-    found = problems(outline.arm, outline.d, outline.clients, outline.rooted)
+    found = problems(outline.arm, outline.d, outline.clients, outline.rooted, sum(outline.examples))
     for problem in found:
         say(f"problem: {problem.what}\ninstead: {problem.instead}\n")
     for name, text in (*_sizes(outline, measurable=not found), *_who_sees_what(outline)):
@@ -226,10 +229,10 @@ def _privacy(outline: Outline) -> str:
     plan = outline.arm.plan
     if plan is None:
         return "epsilon: none. Without a plan there is no differential privacy, against anybody."
-    record = asdict(plan.record(outline.rounds))
-    if not isfinite(record["epsilon"]):
+    records = [asdict(record) for record in plan.records(outline.rounds, outline.examples, outline.d)]
+    if not isfinite(records[0]["epsilon"]):
         return "epsilon: infinite. The plan adds no noise, so that it guarantees nothing."
-    return epsilon_paragraph("privacy after all rounds", record)
+    return "\n".join(epsilon_paragraph("privacy after all rounds", record) for record in records)
 
 
 def compatibility_table() -> str:

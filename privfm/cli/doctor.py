@@ -145,7 +145,7 @@ def _tenseal() -> str:
 def _accounting() -> str:
     from privfm.defenses import DPPlan
 
-    epsilon = DPPlan(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=1.0, delta=1e-5).epsilon(rounds=1)
+    epsilon = DPPlan(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=1.0, delta=1e-5).epsilon(after=1)
     _expect(isclose(epsilon, EPSILON, rel_tol=1e-5), f"epsilon {epsilon} for sigma 1 and delta 1e-5, not {EPSILON}")
     return f"epsilon {epsilon:.6f} for sigma 1 and delta 1e-5"
 

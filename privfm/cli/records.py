@@ -11,7 +11,15 @@ from typing import Any
 from privfm.checks import BrokenCheckpoint, require
 from privfm.cli.errors import DONE, REFUSED, say
 from privfm.cli.options import parser_for, values
-from privfm.defenses import DPPlan
+from privfm.defenses import (
+    AdaptiveQuantile,
+    Automatic,
+    DPPlan,
+    Flat,
+    IntegerNoise,
+    LocalSampling,
+    PerLayer,
+)
 from privfm.experiment import visibility
 from privfm.reporting import RunFolder, epsilon_paragraph, experiment_tables, export_released, show, write_report
 from privfm.reporting.formats import rounds_text
@@ -77,19 +85,48 @@ def _account(run: Path) -> int:
     if config["plan"] is None:
         say("no plan: there is no differential privacy and no guarantee, against anybody")
         return _compare({} if recorded is None else recorded, {})
-    try:
-        plan = DPPlan(**config["plan"])
-    except TypeError as reason:
-        raise BrokenCheckpoint(f"{run}: plan={config['plan']!r} is no plan: {reason}") from reason
-    record = asdict(plan.record(played))
+    plan, population = _plan(run, config["plan"]), folder.population()
+    require(
+        not plan.makes_sizes_public or bool(population), f"{run}: it has not read its data yet; nothing was released"
+    )
+    records = [
+        asdict(record)
+        for record in plan.records(played, population.get("client_examples", ()), population.get("trained_values"))
+    ]
+    record = records[0]
     if isfinite(record["epsilon"]):
-        say(epsilon_paragraph("recomputed", record))
+        for one in records:
+            say(epsilon_paragraph("recomputed", one))
     else:
         say("epsilon is infinite: the plan adds no noise, so that it guarantees nothing")
     if not folder.finished:
         say(f"not finished: {rounds_text(played)} played of {config.get('rounds', 'unknown')}; nothing was claimed yet")
         return DONE
     return _compare(recorded or {}, record)
+
+
+def _plan(run: Path, recorded: Mapping[str, Any]) -> DPPlan:
+    """A plan as a record holds it.
+
+    Raises:
+      BrokenCheckpoint: it is none.
+    """
+    values = dict(recorded)
+    try:
+        if clipping := values.get("clipping"):
+            values["clipping"] = _clippings()[clipping["class_path"]](**clipping["init_args"])
+        if local := values.get("local"):
+            noise = tuple((int(least), float(own)) for least, own in local["noise_by_examples"])
+            values["local"] = LocalSampling(**{**local, "noise_by_examples": noise})
+        if integers := values.get("integers"):
+            values["integers"] = IntegerNoise(**integers)
+        return DPPlan(**values)
+    except (TypeError, KeyError) as reason:
+        raise BrokenCheckpoint(f"{run}: plan={recorded!r} is no plan: {reason}") from reason
+
+
+def _clippings() -> dict[str, Any]:
+    return {kind.__name__: kind for kind in (Flat, PerLayer, Automatic, AdaptiveQuantile)}
 
 
 def _compare(recorded: Mapping[str, Any], computed: Mapping[str, Any]) -> int:

@@ -79,6 +79,26 @@ class Channel(ABC):
         """Absolute value beyond which a client refuses to send a coordinate; None: no such bound."""
         return None
 
+    @property
+    def grid(self) -> float | None:
+        """Values are carried exactly where they are whole multiples of this; None: as float32."""
+        return None
+
+    @property
+    def noises(self) -> bool:
+        """Whether its key holder can add a plan's noise."""
+        return False
+
+    def with_noise(self, noise_multiplier: float, sensitivity: float) -> Channel:
+        """The same channel, whose key holder adds Gaussian noise of deviation `noise_multiplier * sensitivity`.
+
+        It does so before anybody else sees the sum, to which no client adds more than `sensitivity` in L2 norm.
+
+        Raises:
+          InvalidArgument: nobody but the server sees the sum.
+        """
+        raise InvalidArgument(f"{type(self).__name__} has no key holder that could add noise; use CKKS")
+
     @final
     def answer(self, party: int, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
         """A party's half: the next memory, and the reply.

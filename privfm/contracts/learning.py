@@ -167,8 +167,8 @@ class Sampling(ABC):
     """Which clients take part in a round."""
 
     @abstractmethod
-    def draw(self, population: int, generator: Generator) -> tuple[int, ...]:
-        """Sorted client ids."""
+    def draw(self, population: int, generator: Generator, now: int = 0) -> tuple[int, ...]:
+        """Sorted client ids of round `now`."""
 
     @abstractmethod
     def expected(self, population: int) -> float:

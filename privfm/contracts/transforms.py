@@ -79,12 +79,14 @@ class Intake:
       d: width of a decoded row.
       needs: of the rule; a channel that reveals more may keep less (a rule that needs the sum costs one row).
       max_norm: the plan's clip, applied again wherever single rows are opened.
+      least_answers: fewest clients whose sum may be revealed; a channel of sums ends the round before, with fewer.
     """
 
     codecs: Transform
     d: int
     needs: Reveals
     max_norm: float = float("inf")
+    least_answers: int = 0
 
     @property
     def width(self) -> int:

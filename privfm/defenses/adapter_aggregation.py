@@ -8,6 +8,15 @@ A weighted sum of n changes has rank up to r (n + 1); factors hold rank r. What 
 | `flora` | drawn anew, B = 0 | takes everything | Wang et al., "FLoRA: federated fine-tuning large language models with heterogeneous low-rank adaptations", 2024 |
 | `fedex` | weighted mean of the clients' | takes the rest | Singhal et al., "FedEx-LoRA: exact aggregation for federated and efficient fine-tuning of foundation models", 2025 |
 | `flexlora` | best approximation of rank r | nothing, or with `exact` the rest | Bai et al., "Federated fine-tuning of large language models under heterogeneous tasks and client resources" (FlexLoRA), 2024 |
+| `fedask` | that approximation, found from two sketches | nothing, or with `exact` the rest | Wen et al., "Differentially private federated low rank adaptation beyond fixed-matrix" (FedASK), 2025 |
+
+FedASK lets a server that sees nothing but sums (a secure aggregation) form the best factors of the mean product. With a
+public Gaussian matrix O of r + p columns, client k first sends `B_k (A_k O)`, whose mean has an orthonormal basis Q that
+the server sends back; then `A_k^T (B_k^T Q)`, whose mean is the rest of the product seen from Q. On the wire that is two
+stages and (r + p) (outputs + inputs) values a client up, (r + p) outputs more down, where factors are r (outputs +
+inputs). Here the rows are revealed, so that both sums are formed from them: the result is the protocol's, the bytes of a
+round's record are those of the factors. A sketch hides nothing. What privacy there is comes from the plan under which the
+clients trained, of whose output this is post-processing.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -21,12 +30,21 @@ import torch
 from torch import Generator, Tensor
 
 from privfm.adapters import AdapterLayout, FactorPair
-from privfm.checks import InvalidArgument, one_of, require
+from privfm.checks import InvalidArgument, at_least, one_of, require
 from privfm.contracts import MatrixView, Rule, State
 from privfm.defenses.geometry import Change, ProductView
 from privfm.vectors import Layout
 
-Mode = Literal["flora", "fedex", "flexlora"]
+Mode = Literal["flora", "fedex", "flexlora", "fedask"]
+MODES: tuple[Mode, ...] = ("flora", "fedex", "flexlora", "fedask")
+PROJECTIONS: tuple[Mode, ...] = ("flexlora", "fedask")
+"""What does not fit rank r is dropped by these, unless they are asked to be exact."""
+
+OVERSAMPLING = 5
+"""Columns of a sketch beyond the rank. Halko, Martinsson, Tropp, "Finding structure with randomness", 2011, section
+1.3.
+"""
+
 Gauge = Literal["nearest", "balanced"]
 Triples = tuple[Tensor, Tensor, Tensor]
 """Singular value decomposition: `(out, j)`, `(j,)`, `(in, j)`."""
@@ -55,8 +73,9 @@ def next_adapters(
     mode: Mode = "flexlora",
     *,
     exact: bool = False,
-    gauge: Gauge = "nearest",
+    gauge: Gauge | None = None,
     generator: Generator | None = None,
+    oversampling: int = OVERSAMPLING,
 ) -> NextAdapters:
     """Applies a change to the factors and the frozen weights; plain entries simply add.
 
@@ -68,21 +87,27 @@ def next_adapters(
       broadcast: the factors and plain entries that clients received, `(d,)`; not changed.
       change: of the round (`ProductView.change`, `ProductView.explained`, `Change.dense`).
       mode: see the table above.
-      exact: under `flexlora`, the frozen weights take what rank r cannot hold.
-      gauge: which of the many factors of one product `flexlora` broadcasts. `nearest` keeps A0's inner products
+      exact: under `flexlora` and `fedask`, the frozen weights take what rank r cannot hold.
+      gauge: which of the many factors of one product these two broadcast; None: `nearest` under `flexlora`, `balanced`
+        under `fedask`, as its authors do. `nearest` keeps A0's inner products
         `A A^T = A0 A0^T` and turns its rows by the least angles onto the new row space (orthogonal Procrustes,
         Schoenemann 1966); B follows. Then A neither grows nor shrinks, whatever clients send, equal products come back
         as they were, the result moves with the gauge of the broadcast, and small changes (against the gap between
         the r-th and the next singular value) move it little.
         `balanced` splits singular values evenly and sorts components, so that the first r_i are the best of rank r_i:
         for clients of mixed ranks. Components without use keep a direction of A0, or they would never learn again.
-      generator: draws A under `flora`, uniform within `1/sqrt(inputs)` as PEFT does.
+      generator: draws A under `flora`, uniform within `1/sqrt(inputs)` as PEFT does, and the sketch under `fedask`.
+      oversampling: p, columns of the sketch beyond r. While the mean product has no more than r + p singular values
+        above zero, `fedask` equals `flexlora`; what a narrower sketch misses is counted in `dropped`.
 
     Raises:
-      InvalidArgument: `fedex` without mean factors, `flora` without a generator, or an A0 that has no gauge near it.
+      InvalidArgument: `fedex` without mean factors, `flora` or `fedask` without a generator, or an A0 that has no gauge
+        near it.
     """
-    one_of("mode", mode, ("flora", "fedex", "flexlora"))
+    one_of("mode", mode, MODES)
+    gauge = gauge or ("balanced" if mode == "fedask" else "nearest")
     one_of("gauge", gauge, ("nearest", "balanced"))
+    at_least("oversampling", oversampling, 0)
     layout = change.layout
     require(broadcast.shape == (layout.d,), f"broadcast has shape {tuple(broadcast.shape)}, not ({layout.d},)")
     old, new = broadcast.to(change.plain), broadcast.clone()
@@ -97,18 +122,21 @@ def next_adapters(
         elif mode == "fedex":
             a, b = _mean(pair, a0, b0, change.factors)
         elif own > 0:
-            triples, tail = _leading(pair, *target)
+            if mode == "fedask":
+                triples, tail = _sketched(pair, *target, oversampling, generator)
+            else:
+                triples, tail = _leading(pair, *target)
             a, b = (_nearest if gauge == "nearest" else _balanced)(pair, a0, triples)
             lost += (pair.scaling * tail) ** 2
         moved += (pair.scaling * own) ** 2
         pair.a(new)[:], pair.b(new)[:] = a.to(new.dtype), b.to(new.dtype)
-        if mode != "flexlora" or exact:
+        if mode not in PROJECTIONS or exact:
             rounded = pair.b(new).to(old) @ pair.a(new).to(old)
             base[pair.module] = pair.scaling * (target[0] @ target[1] - rounded)
     for lo, hi in layout.plain:
         new[lo:hi] = (old[lo:hi] + change.plain[start : start + hi - lo]).to(new.dtype)
         start += hi - lo
-    dropped = 0.0 if mode != "flexlora" or exact or moved == 0 else sqrt(lost / moved)
+    dropped = 0.0 if mode not in PROJECTIONS or exact or moved == 0 else sqrt(lost / moved)
     return NextAdapters(new, base, dropped)
 
 
@@ -116,9 +144,35 @@ def _leading(pair: FactorPair, left: Tensor, right: Tensor) -> tuple[Triples, fl
     """The leading r singular triples of `left @ right`, without those of rounding size, and the length of the rest."""
     outer, core, inner = _core(left, right)
     u, values, vh = torch.linalg.svd(core)
-    noise = torch.finfo(values.dtype).eps * max(pair.outputs, pair.inputs) * values[0]
-    j = min(pair.rank, int((values > noise).sum()))
+    j = _kept(pair, values)
     return (outer @ u[:, :j], values[:j], inner @ vh[:j].T), float(values[pair.rank :].norm())
+
+
+def _kept(pair: FactorPair, values: Tensor) -> int:
+    """How many of the r leading singular values are more than rounding."""
+    noise = torch.finfo(values.dtype).eps * max(pair.outputs, pair.inputs) * values[0]
+    return min(pair.rank, int((values > noise).sum()))
+
+
+def _sketched(
+    pair: FactorPair, left: Tensor, right: Tensor, oversampling: int, generator: Generator | None
+) -> tuple[Triples, float]:
+    """What `_leading` returns, of the mean product as two sketches know it, and the length of what they miss.
+
+    Every line but the last two is a sum over clients, or made from one: left and right are the clients' factors side by
+    side.
+    """
+    if generator is None:
+        raise InvalidArgument("generator=None: mode='fedask' draws its sketch; give a generator")
+    width = min(pair.rank + oversampling, pair.inputs, pair.outputs)  # a wider sketch holds nothing more
+    sketch = torch.randn(pair.inputs, width, generator=generator, dtype=torch.float64).to(left)
+    basis, _ = torch.linalg.qr(left @ (right @ sketch))
+    rest = right.T @ (left.T @ basis)
+    u, values, vh = torch.linalg.svd(rest.T, full_matrices=False)
+    j = _kept(pair, values)
+    unseen = _core(left - basis @ (basis.T @ left), right)[1].norm()
+    missed = torch.hypot(unseen, values[pair.rank :].norm())
+    return (basis @ u[:, :j], values[:j], vh[:j].T), float(missed)
 
 
 def _turned(pair: FactorPair, a0: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -200,7 +254,7 @@ def aggregate_adapters(
     mode: Mode = "flexlora",
     *,
     exact: bool = False,
-    gauge: Gauge = "nearest",
+    gauge: Gauge | None = None,
     state: State | None = None,
     generator: Generator | None = None,
 ) -> AdapterOutcome:

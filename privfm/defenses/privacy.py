@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
-from math import exp, inf, isfinite, log, sqrt
-from typing import TYPE_CHECKING, Any, Literal, final
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil, inf, isfinite
+from typing import TYPE_CHECKING, Literal, final
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
-from privfm.checks import InvalidArgument, at_least, fraction, non_negative, positive, require
-from privfm.contracts import Outcome, Reveals, Rule, State, View
-from privfm.defenses.transforms import Clip
+from privfm.checks import at_least, fraction, non_negative, one_of, positive, require
+from privfm.contracts import Clipping, Encoded, Rule, Spans, State, Transform
+from privfm.defenses.accounting import Mechanism, Relation, SampledGaussian, account, event, least_noise, loose
+from privfm.defenses.clipping import AdaptiveQuantile, Flat
+from privfm.defenses.correlated_noise import sensitivity as correlated_sensitivity
+from privfm.defenses.example_level import ExamplePrivacy, LocalSampling, size_classes
+from privfm.defenses.gaussian_noise import noised
+from privfm.defenses.integer_noise import IntegerNoise
+from privfm.defenses.noise import NoiseSource
+from privfm.defenses.releases import GaussianRelease, QuantileRelease
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
-RDP_ORDERS = range(2, 257)
-"""Integer orders only: fractional ones fail to converge at some settings and are dropped with a log line."""
-
 LARGEST_EPSILON = 20.0
 """More than this protects nobody: exp(20) is a likelihood ratio of 5e8."""
 
-PLD_LIMIT = 100.0
-"""Above this RDP epsilon the PLD accountant takes minutes (36 s at 634, measured) for a number nobody can use."""
+Place = Literal["central", "key_holder", "local", "distributed"]
+Sampled = Literal["poisson", "fixed_size", "full", "cyclic"]
+Adversary = Literal["released_model", "server"]
 
 
 @final
@@ -34,11 +38,13 @@ class EpsilonRecord:
     """One privacy statement, complete: an epsilon without these fields means nothing.
 
     Attributes:
-      epsilon: upper bound after `rounds`; infinite without noise.
+      epsilon: upper bound after `rounds`; infinite without noise. For examples, the largest over all clients.
       delta: probability with which the bound may fail.
-      unit: what is protected: all data of one client.
-      place: where the noise is added. `central`: the server sees the sum before the noise, over any channel.
-      adversary: who observes. `released_model`: sees every released model, not who took part.
+      unit: what is protected: all data of one client, or one example of a client.
+      place: where the noise is added. `central`: the server sees the sum before the noise, over any channel;
+        `key_holder`: who decrypts adds it; `local`: each client, on its own; `distributed`: all clients together.
+      adversary: who observes. `released_model`: sees every released model, not who took part; `server`: sees all that
+        the server sees, and who took part, so that no sampling of clients amplifies.
       relation: neighbouring relation.
       participation_bound: most rounds one client may join; None: amplification by secret sampling instead.
       rounds: rounds accounted for, skipped ones included.
@@ -46,13 +52,15 @@ class EpsilonRecord:
       event: dp-accounting's event, from which anybody can account again.
       noise: where the noise comes from.
       tuning: whether the choice of hyperparameters is covered.
+      median: epsilon of the median client, where clients differ; None: it is the same for all.
+      clients: how many clients `epsilon` is the largest of; None: it is the same for all.
     """
 
     epsilon: float
     delta: float
-    unit: Literal["client"]
-    place: Literal["central"]
-    adversary: Literal["released_model"]
+    unit: Literal["client", "example"]
+    place: Place
+    adversary: Adversary
     relation: str
     participation_bound: int | None
     rounds: int
@@ -60,70 +68,88 @@ class EpsilonRecord:
     event: str
     noise: str
     tuning: str
+    median: float | None = None
+    clients: int | None = None
 
 
 @final
 @dataclass(frozen=True)
-class GaussianRelease(Rule):
-    """Sum of the updates plus Gaussian noise, over a fixed denominator; noise in an empty round too.
-
-    Formal guarantee: the Gaussian mechanism on the sum, if no row is longer than the sensitivity it was made for.
-    A client that drops out or sends NaN is a zero row: the denominator does not follow who arrived.
+class ClientClip(Transform):
+    """The last client step under a client-level plan; an attacker skips it.
 
     Args:
-      deviation: standard deviation of the noise on each coordinate of the sum, in units of an update.
-      denominator: expected cohort, from the plan.
-
-    Source: McMahan et al., "Learning differentially private recurrent language models", 2018, section 2.2
-    (the fixed-denominator estimator).
+      clipping: how.
+      bound: L2 bound of a whole update.
+      layers: columns of each layer.
     """
 
-    deviation: float
-    denominator: float
-
-    def __post_init__(self) -> None:
-        non_negative("deviation", self.deviation)
-        positive("denominator", self.denominator)
+    clipping: Clipping
+    bound: float
+    layers: Spans
+    additive = True
 
     @property
-    def needs(self) -> Reveals:
-        return Reveals.SUM
+    def similarity(self) -> float | None:
+        return 1.0
 
-    @property
-    def smallest_cohort(self) -> int:
-        return 0
+    def norm_bound(self, bound: float, d: int) -> float:
+        return min(bound, self.bound) if isinstance(self.clipping, Flat) else self.bound
 
-    def step(self, state: State, view: View, generator: Generator) -> tuple[State, Outcome]:
-        total = view.total() if view.n else torch.zeros(view.d)
-        noise = torch.randn(view.d, generator=generator) * self.deviation
-        weights = torch.full((view.n,), 1 / self.denominator, dtype=torch.float64)
-        return state, Outcome((total + noise.to(total)) / self.denominator, weights)
+    def encode(self, rows: Tensor, state: State, generators: Sequence[Generator]) -> tuple[Encoded, State]:
+        return Encoded(self.clipping.clip(rows, self.bound, self.layers), {}), state
 
 
 @final
 @dataclass(frozen=True)
 class DPPlan:
-    """Central differential privacy for whole clients: Poisson sampling, one clip, noise on the sum.
+    """Differential privacy of a whole run: what is protected, who adds the noise, and what it is worth.
 
-    Formal guarantee: with the cohorts secret and N public, the released models of all rounds are
+    Formal guarantee, for the defaults: with the cohorts secret and N public, the released models of all rounds are
     (epsilon, delta)-indistinguishable from those of a run in which one client's updates are zero (zero-out relation;
     for these mechanisms the same numbers as add-or-remove). It says nothing against the server, which sees the sum
     before the noise, nor against anybody who knows who took part. What is protected is what clients train on: rows of
     the same people that fell to the validation or test split are evaluation data, and metrics on them are released.
 
-    Conditions, enforced elsewhere: `compatibility.problems` refuses rules other than the mean, unbounded codecs and
-    delta >= 1/N; the release fixes the denominator; rows are clipped again wherever the server opens them.
+    | unit    | place       | noise                                    | epsilon is against                    |
+    |---------|-------------|------------------------------------------|---------------------------------------|
+    | client  | central     | server, on the sum                       | whoever sees released models          |
+    | client  | key_holder  | who decrypts, before the server sees it  | the server, then released models      |
+    | client  | local       | every client, on its own update          | the server                            |
+    | client  | distributed | shares of all clients, on integers       | the server                            |
+    | example | local       | every client, in every step              | the server, the largest over clients  |
+
+    Conditions, enforced elsewhere: `compatibility.problems` refuses rules other than the mean where noise is made for a
+    sum, unbounded codecs and delta >= 1/N; the release fixes the denominator; rows are clipped again wherever the
+    server opens them; a client that has taken part `max_participations` times is not asked again.
 
     Args:
-      noise_multiplier: standard deviation of the noise on the sum, in units of the sensitivity.
-      max_grad_norm: L2 clip of a client's whole update.
-      sample_rate: probability with which each client joins a round, independently.
+      noise_multiplier: standard deviation of the noise in units of the sensitivity: of the noise on the sum; under
+        `local`, of each client's own; under `distributed`, of the shares of the fewest honest answers together. With
+        correlated noise it is that of the whole run, of which epsilon is one Gaussian mechanism.
+      max_grad_norm: L2 clip of a client's whole update, or of an example's gradient.
+      sample_rate: share of the clients that takes part in a round.
       delta: see `EpsilonRecord`.
+      unit: see `EpsilonRecord`.
+      place: see `EpsilonRecord`.
+      sampling: how clients are drawn. `poisson`: each on its own; `fixed_size`: that share of all, without
+        replacement; `full`: everybody; `cyclic`: the population is cut into 1/sample_rate groups that take turns.
+      relation: neighbouring data sets: a contribution becomes zero, is there or not, or becomes another.
+      clipping: how updates or gradients are shortened; None: `Flat`.
+      max_participations: most rounds one client may join; enforced.
+      bands: above 1, noise is correlated over so many rounds, and a client waits as long between two participations.
+      weight_cap: clients count by their number of examples up to this one, the largest weight being 1; None: all the
+        same. Sizes are public, the denominator stays fixed.
+      local: batches and steps of a client, for examples.
+      integers: grid, modulus and the fewest answers, under `distributed`.
+      source: where noise comes from: `seeded` can be drawn again by whoever knows the seed; `secure` cannot.
+      budget: epsilon at which training stops; None: after all rounds.
+      simulated_population: a larger population whose noise, relative to its cohort, this run is given: it shows the
+        utility of that population and guarantees nothing itself. None: the run's own.
 
-    Source: McMahan et al., 2018; accounting by dp-accounting (PLD: Koskela et al., 2020; Doroshenko et al., 2022).
+    Source: McMahan et al., 2018; accounting: see `accounting`.
 
     >>> plan = DPPlan(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=1.0, delta=1e-5)
-    >>> round(plan.epsilon(rounds=1), 3)
+    >>> round(plan.epsilon(after=1), 3)
     4.377
     """
 
@@ -131,146 +157,404 @@ class DPPlan:
     max_grad_norm: float
     sample_rate: float
     delta: float
+    unit: Literal["client", "example"] = "client"
+    place: Place = "central"
+    sampling: Sampled = "poisson"
+    relation: Relation = "zero-out"
+    clipping: Clipping | None = None
+    max_participations: int | None = None
+    bands: int = 1
+    weight_cap: int | None = None
+    local: LocalSampling | None = None
+    integers: IntegerNoise | None = None
+    source: NoiseSource = "seeded"
+    budget: float | None = None
+    simulated_population: int | None = None
 
     def __post_init__(self) -> None:
         non_negative("noise_multiplier", self.noise_multiplier)
         positive("max_grad_norm", self.max_grad_norm)
         fraction("sample_rate", self.sample_rate)
         fraction("delta", self.delta, one=False)
+        one_of("unit", self.unit, ("client", "example"))
+        one_of("place", self.place, ("central", "key_holder", "local", "distributed"))
+        one_of("sampling", self.sampling, ("poisson", "fixed_size", "full", "cyclic"))
+        one_of("relation", self.relation, ("zero-out", "add-or-remove", "replace-one"))
+        one_of("source", self.source, ("seeded", "secure"))
+        at_least("bands", self.bands, 1)
+        for name in ("max_participations", "weight_cap", "simulated_population"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
+        if self.budget is not None:
+            positive("budget", self.budget)
+        self._check_sampling()
+        self._check_place()
+        self._check_noise()
+
+    def _check_sampling(self) -> None:
+        rate, groups = self.sample_rate, 1 / self.sample_rate
+        require(self.sampling != "full" or rate == 1, f"sample_rate={rate}: everybody is 1; leave sampling out")
+        require(self.sampling != "fixed_size" or rate < 1, "sample_rate=1.0: use sampling='full'")
+        require(
+            self.sampling != "cyclic" or abs(groups - round(groups)) < 1e-9 * groups,
+            f"sample_rate={rate}: groups that take turns need 1/sample_rate to be a whole number",
+        )
+
+    def _check_place(self) -> None:
+        if self.unit == "example":
+            require(self.place == "local", f"place={self.place!r}: gradients of examples are noised by clients; local")
+            require(self.local is not None, "local=None: examples need a batch size and a number of local steps")
+            require(self.weight_cap is None, f"weight_cap={self.weight_cap}: examples are bounded, not clients")
+            return
+        require(self.local is None, f"local={self.local}: clients train as they like, only unit='example' needs it")
+        require(
+            (self.integers is not None) == (self.place == "distributed"),
+            f"integers={self.integers} and place={self.place!r}: a grid belongs to distributed noise, and it needs one",
+        )
+        seen = self.place in {"local", "distributed"} and self.sampling in {"poisson", "fixed_size"}
+        require(
+            not seen or self.max_participations is not None,
+            f"place={self.place!r} and sampling={self.sampling!r}: the server sees who takes part, so that sampling "
+            "amplifies nothing against it; bound what one client gives with max_participations",
+        )
+        require(
+            self.relation == "zero-out" or self.place in {"central", "key_holder"},
+            f"relation={self.relation!r} and place={self.place!r}: a client that is left out still adds its noise; use "
+            "zero-out",
+        )
+        require(
+            self.place != "key_holder" or self.source == "secure",
+            "source='seeded': the server knows the seed and could take the key holder's noise off; use secure",
+        )
+
+    def _check_noise(self) -> None:
+        adaptive = isinstance(self.clipping, AdaptiveQuantile)
+        central = self.unit == "client" and self.place == "central"
+        require(not adaptive or central, "clipping=AdaptiveQuantile needs a central plan for clients")
+        require(
+            not adaptive or self.weight_cap is None, "clipping=AdaptiveQuantile counts clients; leave weight_cap out"
+        )
+        require(
+            not adaptive or self.relation == "zero-out",
+            f"relation={self.relation!r}: clipping=AdaptiveQuantile is sized for zero-out",
+        )
+        require(
+            self.simulated_population is None or central,
+            "simulated_population: only the noise of a central plan for clients can be scaled",
+        )
+        if self.bands == 1:
+            return
+        why = f"bands={self.bands}: noise that is correlated between rounds"
+        require(central, f"{why} is added by the server, for whole clients; use a central plan, unit client")
+        require(not adaptive, f"{why} needs one clip for all of them; leave AdaptiveQuantile out")
+        require(self.relation == "zero-out", f"{why} is accounted for zero-out, not {self.relation}")
+        require(
+            self.sampling == "cyclic" and round(1 / self.sample_rate) >= self.bands,
+            f"{why} needs clients to wait {self.bands} rounds between two participations: sampling='cyclic' with "
+            f"sample_rate at most {1 / self.bands:.4g}; a claim of amplification by Poisson sampling would be false",
+        )
+        require(self.max_participations is not None, f"{why} is sized for the most rounds one client joins: give "
+                "max_participations")  # fmt: skip
+
+    # What it asks for
 
     @classmethod
     def calibrated(cls, epsilon: float, delta: float, rounds: int, sample_rate: float, max_grad_norm: float) -> DPPlan:
-        """The plan with the least noise whose epsilon after `rounds` is at most `epsilon`.
+        """The default plan with the least noise whose epsilon after `rounds` is at most `epsilon`.
 
         Raises:
           InvalidArgument: an argument is out of range.
         """
+        return cls(1.0, max_grad_norm, sample_rate, delta).with_epsilon(epsilon, rounds)
+
+    def with_epsilon(
+        self, epsilon: float, rounds: int, examples: Sequence[int] = (), d: int | None = None, own_noise: bool = False
+    ) -> DPPlan:
+        """The same plan with the least noise whose epsilon after `rounds` is at most `epsilon`.
+
+        Args:
+          epsilon: at most 20.
+          rounds: that will be played.
+          examples: how many each client holds; for examples.
+          d: trained values; for distributed noise.
+          own_noise: for examples, give each client its own noise: what its own sampling rate needs, and not what the
+            smallest client's does.
+
+        Raises:
+          InvalidArgument: an argument is out of range, or no noise is enough.
+        """
         positive("epsilon", epsilon)
         at_least("rounds", rounds, 1)
         require(epsilon <= LARGEST_EPSILON, f"epsilon={epsilon!r}: expected at most {LARGEST_EPSILON:g}")
-        probe = cls(1.0, max_grad_norm, sample_rate, delta)
-        noise = _calibrated_noise(epsilon, delta, rounds, probe.sample_rate)
-        return cls(noise, max_grad_norm, sample_rate, delta)
+        if own_noise:
+            require(self.unit == "example", "own_noise: only clients that protect examples add their own")
+            return self._with_own_noise(epsilon, rounds, examples)
+        base = replace(self, local=self.local and replace(self.local, noise_by_examples=()))
+        return replace(base, noise_multiplier=base._least_noise(epsilon, rounds, examples, d))
+
+    def _least_noise(self, epsilon: float, rounds: int, examples: Sequence[int], d: int | None) -> float:
+        def tight(noise: float) -> float:
+            return replace(self, noise_multiplier=noise).epsilon(rounds, examples=examples, d=d)
+
+        low, high = 0.05, 1e5
+        _, mechanism, times = replace(self, noise_multiplier=1.0)._mechanisms(rounds, min(examples, default=None), d)[0]
+        if (
+            isinstance(mechanism, SampledGaussian)
+            and mechanism.sample_rate < 1
+            and mechanism.amplification == "poisson"
+        ):
+            # RDP is 8 to 18 % looser than PLD, so it gives an upper end; replacing one costs up to twice the noise.
+            high = least_noise(
+                lambda z: loose(replace(mechanism, noise_multiplier=z), times, self.delta), epsilon, 0.05, 1e4
+            )
+            low = 0.75 * high
+            high = 2.1 * high if mechanism.relation == "replace-one" else high
+            high = 1.5 * high if len(set(examples)) > 1 else high  # another client than the smallest may need more
+        return least_noise(tight, epsilon, low, high)
+
+    def _with_own_noise(self, epsilon: float, rounds: int, examples: Sequence[int]) -> DPPlan:
+        local = _given(self.local)
+        shared = replace(self, local=replace(local, noise_by_examples=()))
+        table = []
+        for least, most in size_classes(examples):  # the class's highest rate with its most steps: enough for all of it
+            strict = LocalSampling(local.batch_size, local_steps=max(local.steps(least), local.steps(most)))
+            noise = replace(shared, local=strict).with_epsilon(epsilon, rounds, [least]).noise_multiplier
+            table.append((least, noise))
+        most_noise = max(noise for _, noise in table)
+        return replace(self, noise_multiplier=most_noise, local=replace(local, noise_by_examples=tuple(table)))
+
+    # What a round does
 
     @property
-    def clip(self) -> Clip:
-        """The last client step of an honest client."""
-        return Clip(self.max_grad_norm)
+    def noises_the_sum(self) -> bool:
+        """Whether the noise is made for a sum of clipped updates: then only that may be released."""
+        return self.unit == "client" and self.place != "local"
 
-    def release(self, sensitivity: float, population: int) -> Rule:
+    @property
+    def makes_sizes_public(self) -> bool:
+        """Whether the number of examples of each client is taken as known to everybody."""
+        return self.unit == "example" or self.weight_cap is not None
+
+    @property
+    def bounds_participation(self) -> bool:
+        """Whether anybody must count how often clients take part."""
+        return self.max_participations is not None or self.bands > 1
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the clip changes from round to round."""
+        return isinstance(self.clipping, AdaptiveQuantile)
+
+    @property
+    def codec(self) -> Transform | None:
+        """The wire format of distributed noise; None elsewhere."""
+        if self.integers is None:
+            return None
+        return self.integers.codec(self.noise_multiplier, self.max_grad_norm, self.source)
+
+    def own_noise(self, rows: Tensor, generators: Sequence[Generator]) -> Tensor:
+        """Clipped updates `(k, d)` with each client's own noise, under a local plan for clients."""
+        noise, bound = self.noise_multiplier, self.max_grad_norm
+        noisy = [noised(row, noise, bound, self.source, one) for row, one in zip(rows, generators, strict=True)]
+        return torch.stack(noisy).to(rows) if noisy else rows
+
+    def weights(self, examples: Sequence[int]) -> Tensor:
+        """What clients multiply their clipped updates by, `(k,)`: at most 1, so that nobody's clip grows.
+
+        Source: McMahan et al., 2018, section 2.1: `w_k = min(n_k / cap, 1)`.
+        """
+        cap = self.weight_cap or 1
+        return torch.tensor([min(n / cap, 1.0) for n in examples])
+
+    def clip(self, layers: Spans, bound: float | None = None) -> Transform | None:
+        """The last client step of an honest client; None where examples are bounded instead."""
+        if self.unit == "example":
+            return None
+        return ClientClip(self.clipping or Flat(), self.max_grad_norm if bound is None else bound, layers)
+
+    def gradient_privacy(self, layers: Spans) -> ExamplePrivacy | None:
+        """What local training is given; None where clients are protected as a whole."""
+        if self.unit == "client":
+            return None
+        clipping, local = self.clipping or Flat(), _given(self.local)
+        return ExamplePrivacy(clipping, self.max_grad_norm, self.noise_multiplier, local, layers, self.source)
+
+    def release(self, sensitivity: float, population: int, active: Tensor | None = None) -> Rule:
         """The rule that takes the mean's place.
 
         Args:
           sensitivity: largest L2 norm of one client's decoded row.
           population: number of clients, public.
+          active: `(d,)` bool, what is trained in this round.
         """
         require(isfinite(sensitivity), f"sensitivity={sensitivity!r}: expected a finite bound; a codec has none")
-        return GaussianRelease(self.noise_multiplier * sensitivity, self.sample_rate * population)
+        denominator = self.sample_rate * population
+        scale = 1.0 if self.simulated_population is None else population / self.simulated_population
+        noise = scale * self.noise_multiplier if self.place in {"central", "key_holder"} else 0.0
+        elsewhere = self.place == "key_holder"
+        if isinstance(self.clipping, AdaptiveQuantile):
+            return QuantileRelease(noise, denominator, self.max_grad_norm, self.clipping, self.source, active)
+        if self.bands > 1:
+            sensitivity *= correlated_sensitivity(self.bands, self.max_participations or 1)
+        return GaussianRelease(noise, sensitivity, denominator, self.bands, self.source, active, elsewhere)
 
-    def event(self, rounds: int) -> DpEvent:
-        """dp-accounting's description of `rounds` rounds."""
-        from dp_accounting import dp_event
+    # What it is worth
 
-        mechanism: DpEvent = dp_event.GaussianDpEvent(self.noise_multiplier)
-        if self.sample_rate < 1:
-            mechanism = dp_event.PoissonSampledDpEvent(self.sample_rate, mechanism)
-        return dp_event.SelfComposedDpEvent(mechanism, rounds)
+    def epsilon(
+        self, after: int, delta: float | None = None, examples: Sequence[int] = (), d: int | None = None
+    ) -> float:
+        """Epsilon after so many rounds, of the first of `records`; infinite without noise, zero before the first.
 
-    def epsilon(self, rounds: int) -> float:
-        """Epsilon after `rounds` rounds, against `released_model`; infinite without noise, zero before the first."""
-        return self._accounted(rounds)[0]
+        Args:
+          after: rounds.
+          delta: instead of the plan's.
+          examples: how many each client holds; needed for examples.
+          d: trained values; needed for distributed noise.
+        """
+        plan = self if delta is None else replace(self, delta=delta)
+        return plan.record(after, examples, d).epsilon
 
-    def record(self, rounds: int) -> EpsilonRecord:
-        """The complete statement after `rounds` rounds."""
-        epsilon, accountant = self._accounted(rounds)
+    def curve(
+        self, rounds: int, points: int = 12, examples: Sequence[int] = (), d: int | None = None
+    ) -> list[tuple[int, float]]:
+        """Epsilon after some rounds up to `rounds`, evenly spread on a logarithmic scale: `(rounds, epsilon)`."""
+        at_least("rounds", rounds, 1)
+        at_least("points", points, 2)
+        chosen = sorted({round(rounds ** (k / (points - 1))) for k in range(points)})
+        return [(after, self.epsilon(after, examples=examples, d=d)) for after in chosen]
+
+    def rounds_within(self, rounds: int, examples: Sequence[int] = (), d: int | None = None) -> int:
+        """How many of `rounds` rounds the budget pays for; all of them without one."""
+        if self.budget is None or self.epsilon(rounds, examples=examples, d=d) <= self.budget:
+            return rounds
+        fits, beyond = 0, rounds
+        while beyond - fits > 1:
+            middle = (fits + beyond) // 2
+            within = self.epsilon(middle, examples=examples, d=d) <= self.budget
+            fits, beyond = (middle, beyond) if within else (fits, middle)
+        return fits
+
+    def record(self, after: int, examples: Sequence[int] = (), d: int | None = None) -> EpsilonRecord:
+        """The first of `records`: what is said where there is room for one number."""
+        return self.records(after, examples, d)[0]
+
+    def records(self, after: int, examples: Sequence[int] = (), d: int | None = None) -> tuple[EpsilonRecord, ...]:
+        """The complete statements after so many rounds; the one against the server first, where there is one.
+
+        Args:
+          after: rounds.
+          examples: how many each client holds; needed for examples.
+          d: trained values; needed for distributed noise.
+        """
+        at_least("after", after, 0)
+        if self.unit == "example":
+            return (self._of_examples(after, examples),)
+        found = self._mechanisms(after, None, d)
+        return tuple(self._statement(after, *each, account(*each[1:], self.delta)) for each in found)
+
+    def event(self, after: int, examples: Sequence[int] = (), d: int | None = None) -> DpEvent | str:
+        """dp-accounting's description of what `record` accounts for; words where it has none."""
+        worst = self._worst(after, examples) if self.unit == "example" else None
+        _, mechanism, times = self._mechanisms(after, worst, d)[0]
+        return event(mechanism, times)
+
+    def _of_examples(self, after: int, examples: Sequence[int]) -> EpsilonRecord:
+        """The largest over all clients, and the median beside it."""
+        adversary, mechanism, times = self._mechanisms(after, self._worst(after, examples), None)[0]
+        by_rough = sorted(examples, key=lambda n: self._rough(*self._mechanisms(after, n, None)[0][1:]))
+        middle = self._mechanisms(after, by_rough[len(examples) // 2], None)[0]
+        statement = self._statement(after, adversary, mechanism, times, account(mechanism, times, self.delta))
+        return replace(statement, median=account(*middle[1:], self.delta)[0], clients=len(examples))
+
+    def _worst(self, after: int, examples: Sequence[int]) -> int:
+        """Size of a client with the largest epsilon; only those that may have it are accounted exactly."""
+        require(len(examples) > 0, "examples=(): each client composes its own sampling rate; give all sizes")
+        mechanisms = {n: self._mechanisms(after, n, None)[0][1:] for n in sorted(set(examples))}
+        rough = {n: self._rough(*mechanism) for n, mechanism in mechanisms.items()}
+        worst, largest = 0, -inf
+        for n in sorted(rough, key=lambda n: -rough[n]):
+            if rough[n] <= largest:  # an upper bound: nobody from here on can be above
+                break
+            epsilon = account(*mechanisms[n], self.delta)[0]
+            worst, largest = (n, epsilon) if epsilon > largest else (worst, largest)
+        return worst
+
+    def _rough(self, mechanism: Mechanism, times: int) -> float:
+        """A fast upper bound."""
+        fast = isinstance(mechanism, SampledGaussian) and mechanism.sample_rate < 1 and mechanism.noise_multiplier > 0
+        if not fast or times == 0 or mechanism.relation == "replace-one":  # type: ignore[union-attr]
+            alone = mechanism.alone if isinstance(mechanism, SampledGaussian) else mechanism
+            return account(alone, times, self.delta)[0]
+        return loose(mechanism, times, self.delta)  # type: ignore[arg-type]
+
+    def _statement(
+        self, after: int, adversary: Adversary, mechanism: Mechanism, times: int, accounted: tuple[float, str]
+    ) -> EpsilonRecord:
+        amplified = self.unit == "client" and isinstance(mechanism, SampledGaussian) and mechanism.sample_rate < 1
+        fixed = isinstance(mechanism, SampledGaussian) and mechanism.effective_relation != self.relation
+        relation = f"{'replace-one (a cohort of fixed size)' if fixed else self.relation}, public N"
         return EpsilonRecord(
-            epsilon=epsilon,
+            epsilon=accounted[0],
             delta=self.delta,
-            unit="client",
-            place="central",
-            adversary="released_model",
-            relation="zero-out, public N",
-            participation_bound=None,
-            rounds=rounds,
-            accountant=accountant,
-            event=str(self.event(rounds)),
-            noise="simulated: no guarantee if the seed is known",
+            unit=self.unit,
+            place=self.place,
+            adversary=adversary,
+            relation=relation,
+            participation_bound=None if amplified else self.participations(after),
+            rounds=after,
+            accountant=accounted[1],
+            event=str(event(mechanism, times)),
+            noise=self._noise(),
             tuning="excludes tuning",
         )
 
-    def _accounted(self, rounds: int) -> tuple[float, str]:
-        at_least("rounds", rounds, 0)
-        return _account(self.noise_multiplier, self.sample_rate, rounds, self.delta)
+    def _noise(self) -> str:
+        if self.simulated_population is not None:
+            return f"scaled to a population of {self.simulated_population:,}: no guarantee for this run"
+        if self.source == "secure":
+            return "secure: from the operating system's generator, on a grid; no seed is kept"
+        return "simulated: no guarantee if the seed is known"
+
+    def participations(self, after: int) -> int:
+        """Most rounds, of `after`, that one client can have joined."""
+        joined = ceil(after * self.sample_rate - 1e-9) if self.sampling == "cyclic" else after
+        return joined if self.max_participations is None else min(joined, self.max_participations)
+
+    def _mechanisms(self, after: int, examples: int | None, d: int | None) -> list[tuple[Adversary, Mechanism, int]]:
+        """Who observes which mechanism how often."""
+        joined = self.participations(after)
+        if self.unit == "example":
+            local = _given(self.local)
+            require(examples is not None, "examples=(): each client composes its own sampling rate; give all sizes")
+            n = examples or 1
+            own = SampledGaussian(local.noise(n, self.noise_multiplier), local.rate(n), "poisson", self.relation)
+            return [("server", own, joined * local.steps(n))]
+        if self.integers is not None:
+            require(d is not None, "d=None: rounding to a grid costs more in more dimensions; give the trained values")
+            return [("server", self.integers.mechanism(self.noise_multiplier, d or 1), joined)]
+        bare = SampledGaussian(self.noise_multiplier, relation=self.relation)
+        if self.place == "local":
+            return [("server", bare, joined)]
+        if self.bands > 1:  # all rounds are one mechanism, sized for `max_participations`
+            return [("released_model", bare, min(joined, 1))]
+        secret = self.sampling in {"poisson", "fixed_size"} and joined == after
+        if secret:
+            kind: Literal["poisson", "fixed_size"] = "poisson" if self.sampling == "poisson" else "fixed_size"
+            released: tuple[Adversary, Mechanism, int] = (
+                "released_model",
+                replace(bare, sample_rate=self.sample_rate, amplification=kind),
+                after,
+            )
+        else:
+            released = ("released_model", self._unsampled(bare), joined)
+        return [released] if self.place == "central" else [("server", self._unsampled(bare), joined), released]
+
+    def _unsampled(self, bare: SampledGaussian) -> SampledGaussian:
+        """Whoever knows who took part: with a cohort of fixed size, one more client is another one less."""
+        return replace(bare, relation="replace-one") if self.sampling == "fixed_size" else bare
 
 
-@lru_cache(maxsize=256)
-def _account(noise_multiplier: float, sample_rate: float, rounds: int, delta: float) -> tuple[float, str]:
-    """Epsilon and the accountant's name. RDP goes first, as a guard against minutes of PLD at useless epsilons."""
-    if rounds == 0:
-        return 0.0, "nothing released"
-    if noise_multiplier == 0:
-        return inf, "no noise"
-    if sample_rate == 1:
-        from dp_accounting import gaussian_mechanism
-
-        return float(gaussian_mechanism.get_epsilon_gaussian(noise_multiplier / sqrt(rounds), delta)), "Gaussian, exact"
-    event = DPPlan(noise_multiplier, 1.0, sample_rate, delta).event(rounds)
-    loose = float(_rdp_accountant().compose(event).get_epsilon(delta))
-    if loose > PLD_LIMIT:
-        return loose, f"RDP, orders 2 to 256, dp-accounting {_version()}"
-    return float(_pld_accountant().compose(event).get_epsilon(delta)), f"PLD, dp-accounting {_version()}"
-
-
-@lru_cache(maxsize=64)
-def _calibrated_noise(epsilon: float, delta: float, rounds: int, sample_rate: float) -> float:
-    if sample_rate == 1:
-        from dp_accounting import gaussian_mechanism
-
-        exact = float(gaussian_mechanism.get_sigma_gaussian(epsilon, delta)) * sqrt(rounds)
-        return exact * (1 + 1e-9)  # rounding must not end above the target
-
-    def loose(noise_multiplier: float) -> float:
-        event = DPPlan(noise_multiplier, 1.0, sample_rate, delta).event(rounds)
-        return float(_rdp_accountant().compose(event).get_epsilon(delta))
-
-    def tight(noise_multiplier: float) -> float:
-        return _account(noise_multiplier, sample_rate, rounds, delta)[0]
-
-    enough = _solve(loose, epsilon, 0.05, 1e4)  # RDP is 8 to 18 % looser: an upper end for the exact accountant
-    return _solve(tight, epsilon, 0.75 * enough, enough)
-
-
-def _solve(epsilon_of: Callable[[float], float], epsilon: float, low: float, high: float) -> float:
-    """Least noise multiplier in [low, high] with `epsilon_of` at most `epsilon`, to 0.1 %."""
-    from scipy.optimize import brentq
-
-    aim = log(epsilon) - 5e-4  # stays below the target when the root is off by the tolerance
-
-    def excess(logarithm: float) -> float:
-        return log(max(epsilon_of(exp(logarithm)), 1e-12)) - aim
-
-    if excess(log(high)) > 0:
-        raise InvalidArgument(f"epsilon={epsilon!r} cannot be met with a noise multiplier up to {high:g}")
-    while excess(log(low)) < 0:
-        low *= 0.75
-    return exp(float(brentq(excess, log(low), log(high), xtol=1e-4)))
-
-
-def _rdp_accountant() -> Any:  # dp-accounting has no types
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.rdp import RdpAccountant
-
-    return RdpAccountant(orders=list(RDP_ORDERS), neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
-
-
-def _pld_accountant() -> Any:
-    from dp_accounting import NeighboringRelation
-    from dp_accounting.pld import PLDAccountant
-
-    return PLDAccountant(neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
-
-
-def _version() -> str:
-    from importlib.metadata import version
-
-    return version("dp-accounting")
+def _given(local: LocalSampling | None) -> LocalSampling:
+    if local is None:
+        raise TypeError("a plan for examples without local sampling")  # refused when the plan was made
+    return local

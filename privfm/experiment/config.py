@@ -50,6 +50,7 @@ class RunConfig:
       cohort: who takes part in a round; left out under a plan, which samples itself.
       transforms: client steps, then codecs.
       adapters: compare low-rank adapters by the changes they make to the weights; left out: by their factors.
+      alternate: train the factors of low-rank adapters in turns, B in even rounds and A in odd ones.
       plan: differential privacy.
       attack: what malicious clients do.
       malicious_share: of the population, drawn by the seed.
@@ -63,6 +64,8 @@ class RunConfig:
       evaluate_every: rounds between evaluations on the validation split.
       checkpoint_every: rounds between checkpoints; an interrupted run plays those since the last one again.
       clients_per_batch: honest clients trained together.
+      engine: `sequential` trains clients one after the other; `batched` all of a batch in one pass, where model and
+        training allow it. Results differ in the last digits; the record says which was used, and why.
       strict: end the run when a client's training raises, instead of recording a drop-out.
       device: where the model runs.
     """
@@ -80,6 +83,7 @@ class RunConfig:
     cohort: Sampling | None = None
     transforms: tuple[Transform, ...] = ()
     adapters: ProductGeometry | None = None
+    alternate: bool = False
     plan: DPPlan | None = None
     attack: Attack | None = None
     malicious_share: float = 0.0
@@ -92,6 +96,7 @@ class RunConfig:
     evaluate_every: int = 1
     checkpoint_every: int = 1
     clients_per_batch: int = 16
+    engine: Literal["sequential", "batched"] = "sequential"
     strict: bool = False
     device: str = "cpu"
 

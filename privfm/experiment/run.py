@@ -121,7 +121,7 @@ def prepare(config: RunConfig, seed: int, folder: Path | None = None) -> Federat
     clients = Population.of(bench.everything, dealt.clients)
     labelled = isinstance(config.task, Classification) and clients.size > 1
     mix = dealt.label_mix if labelled else None
-    learner = ModelLearner(bench, dealt.splits, config.training, mix)
+    learner = ModelLearner(bench, dealt.splits, config.training, mix, engine=config.engine)
     arm = arm_of(config, clients.size, seed)
     if arm.attack is not None:
         public = PublicModel(len(dealt.table.label_names), bench.built.tokenize, learner.adapters)
@@ -148,16 +148,19 @@ def play_run(path: Path, spec: ArmSpec, seed: int, shared: Path | None = None) -
     if run.finished:
         return run.summary()
     federation = prepare(config, seed, shared)
+    facts = accounted_facts(federation)
+    run.describe({"trained_values": facts.d, "client_examples": list(facts.examples)})
+    until = affordable_rounds(config, facts)
     state = load(path / "checkpoint")
     run.truncate(0 if state is None else state.round)
-    for step in rounds(federation, config.rounds, state, config.evaluate_every):
+    for step in rounds(federation, until, state, config.evaluate_every):
         run.append(step.record.row(step.metrics, config.task.primary, "validation", step.seconds_evaluation))
-        if step.state.round % config.checkpoint_every == 0 or step.state.round == config.rounds:
+        if step.state.round % config.checkpoint_every == 0 or step.state.round == until:
             state = save(step.state, path / "checkpoint")
     assert state is not None  # at least one round was played, in this process or before the checkpoint
     learner = _model_learner(federation)
     learner.bench.save(state.model, path / "model")
-    require(len(run.rows()) == config.rounds, f"{path}: another process has written to this run; choose another folder")
+    require(len(run.rows()) == until, f"{path}: another process has written to this run; choose another folder")
     summary = _summary(spec, seed, federation, run, learner.evaluate(state.model, "test"))
     run.finish(summary | detection(run.rows()) | backdoor(federation.arm.attack, learner, state.model))
     return run.summary()
@@ -200,7 +203,8 @@ def _summary(
             name: {"value": m.value, "n": m.n, "higher_is_better": m.higher_is_better, "unit": m.unit}
             for name, m in metrics.items()
         },
-        "epsilon": None if config.plan is None else asdict(config.plan.record(len(rows))),
+        **_guarantees(config, accounted_facts(federation), len(rows)),
+        "training_engine": learner.engine_note,
         "rule": repr(config.rule),
         "rule_name": config.rule.title,
         "adapters": None if config.adapters is None else config.adapters.mode,
@@ -220,6 +224,51 @@ def _summary(
         "seconds_aggregation": sum(aggregation),
         "channel_error_relative_l2": max(column(rows, "channel_error_relative_l2"), default=None),
     }
+
+
+@final
+@dataclass(frozen=True)
+class AccountedFacts:
+    """What of the data and the model an epsilon depends on.
+
+    Attributes:
+      d: trained values.
+      examples: how many each client holds, where the plan makes that public; else empty.
+    """
+
+    d: int
+    examples: tuple[int, ...]
+
+
+def accounted_facts(federation: Federation) -> AccountedFacts:
+    """Reads them off a run before it starts."""
+    plan, clients = federation.arm.plan, federation.clients
+    public = plan is not None and plan.makes_sizes_public
+    sizes = [len(clients.examples(client)) for client in range(clients.size)] if public else []
+    return AccountedFacts(federation.learner.d, tuple(sizes))
+
+
+def affordable_rounds(config: RunConfig, facts: AccountedFacts) -> int:
+    """Rounds that the plan's budget pays for, of those that are asked for.
+
+    Raises:
+      InvalidArgument: not even one.
+    """
+    if config.plan is None:
+        return config.rounds
+    until = config.plan.rounds_within(config.rounds, facts.examples, facts.d)
+    require(until > 0, f"budget={config.plan.budget}: the first round already costs more; raise it, or add noise")
+    return until
+
+
+def _guarantees(config: RunConfig, facts: AccountedFacts, after: int) -> dict[str, Any]:
+    """The headline epsilon, every statement, and the way there."""
+    plan = config.plan
+    if plan is None:
+        return {"epsilon": None, "epsilons": [], "epsilon_curve": []}
+    records = [asdict(record) for record in plan.records(after, facts.examples, facts.d)]
+    curve = plan.curve(after, points=6, examples=facts.examples, d=facts.d)
+    return {"epsilon": records[0], "epsilons": records, "epsilon_curve": [list(point) for point in curve]}
 
 
 @lru_cache(maxsize=1)

@@ -5,7 +5,7 @@ from privfm.federation.checkpoints import load, save
 from privfm.federation.compatibility import Problem, problems
 from privfm.federation.loop import Step, refuse_problems, rounds, start
 from privfm.federation.optimizers import Adam, Average, Momentum, Yogi
-from privfm.federation.population import FixedSize, Poisson, Population, choose_malicious
+from privfm.federation.population import Cyclic, FixedSize, Poisson, Population, choose_malicious
 from privfm.federation.record import Record, visibility
 from privfm.federation.round import Federation, RunState, play
 from privfm.federation.spaces import ProductGeometry
@@ -15,6 +15,7 @@ __all__ = [
     "Arm",
     "Average",
     "Federation",
+    "Cyclic",
     "FixedSize",
     "Momentum",
     "Poisson",

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, final
 
+import torch
+from torch import Tensor
+
 from privfm.adapters import AdapterLayout
 from privfm.attacks import EveryRound
 from privfm.checks import InvalidArgument, fraction, one_of, require
@@ -18,14 +21,17 @@ from privfm.contracts import (
     Sampling,
     ServerAttack,
     ServerOptimizer,
+    Spans,
+    State,
     Transform,
 )
 from privfm.defenses.channels import Plaintext
 from privfm.defenses.mean import Mean
 from privfm.defenses.privacy import DPPlan
+from privfm.defenses.releases import QuantileRelease
 from privfm.defenses.transforms import Chain
 from privfm.federation.optimizers import Average
-from privfm.federation.population import Poisson
+from privfm.federation.population import Cyclic, FixedShare, Poisson
 from privfm.federation.spaces import FlatSpace, ProductGeometry, ProductSpace, Space
 
 
@@ -49,6 +55,8 @@ class Arm:
         client claims is never asked.
       optimizer: what the server does with the aggregate.
       adapters: compare low-rank adapters by the changes they make to the weights; None: by their factors.
+      alternate: train the factors of low-rank adapters in turns, B in even rounds (A would not move before B has) and
+        A in odd ones; whatever belongs to no adapter is trained in all.
       server_attack: a curious server.
       dropout_rate: share of a cohort that is lost at some stage, simulated.
     """
@@ -65,6 +73,7 @@ class Arm:
     weighting: Literal["equal", "examples"] = "equal"
     optimizer: ServerOptimizer = field(default_factory=Average)
     adapters: ProductGeometry | None = None
+    alternate: bool = False
     server_attack: ServerAttack | None = None
     dropout_rate: float = 0.0
 
@@ -76,21 +85,56 @@ class Arm:
     @property
     def sampling(self) -> Sampling:
         """The plan's own sampling, or the cohort."""
-        if self.plan is not None:
-            return Poisson(self.plan.sample_rate)
-        assert self.cohort is not None  # checked when made
-        return self.cohort
-
-    @property
-    def steps(self) -> Chain:
-        """What an honest client does and a malicious one skips; the plan's clip is the last of it."""
-        own = tuple(transform for transform in self.transforms if not transform.binding)
-        return Chain(own if self.plan is None else (*own, self.plan.clip))
+        if self.plan is None:
+            assert self.cohort is not None  # checked when made
+            return self.cohort
+        rate = self.plan.sample_rate
+        if self.plan.sampling == "cyclic":
+            return Cyclic(round(1 / rate))
+        return Poisson(rate) if self.plan.sampling == "poisson" else FixedShare(rate)
 
     @property
     def codecs(self) -> Chain:
-        """What everybody must speak; the server decodes this part only."""
-        return Chain(tuple(transform for transform in self.transforms if transform.binding))
+        """What everybody must speak, distributed noise included; the server decodes this part only."""
+        own = tuple(transform for transform in self.transforms if transform.binding)
+        codec = None if self.plan is None else self.plan.codec
+        return Chain(own if codec is None else (*own, codec))
+
+    @property
+    def wire(self) -> Channel:
+        """The channel, whose key holder adds the noise where the plan says so."""
+        if self.plan is None or self.plan.place != "key_holder":
+            return self.channel
+        return self.channel.with_noise(self.plan.noise_multiplier, self.plan.max_grad_norm)
+
+    def steps(self, layers: Spans, bound: float | None = None) -> Chain:
+        """What an honest client does and a malicious one skips; the plan's clip is the last of it.
+
+        Args:
+          layers: columns of each layer.
+          bound: this round's clip, where it changes.
+        """
+        own = tuple(transform for transform in self.transforms if not transform.binding)
+        clip = None if self.plan is None else self.plan.clip(layers, bound)
+        return Chain(own if clip is None else (*own, clip))
+
+    def active(self, now: int, layout: AdapterLayout | None) -> Tensor | None:
+        """What is trained in round `now`, `(d,)` bool; None: everything.
+
+        Raises:
+          InvalidArgument: factors are to take turns, and the model has none.
+
+        Source: Chen et al., "Robust federated finetuning of LLMs via alternating optimization of LoRA", 2025 (RoLoRA).
+        """
+        if not self.alternate:
+            return None
+        if layout is None:
+            raise InvalidArgument("alternate=True: the model has no low-rank adapters whose factors could take turns")
+        active = torch.ones(layout.d, dtype=torch.bool)
+        for pair in layout.pairs:
+            lo, hi = pair.span_a if now % 2 == 0 else pair.span_b
+            active[lo:hi] = False
+        return active
 
     def space(self, d: int, layout: AdapterLayout | None) -> Space:
         """What rule and server optimizer work on, for a model of d trained values.
@@ -104,20 +148,27 @@ class Arm:
             raise InvalidArgument(f"adapters={self.adapters}: the model has none; train LoRA, or leave them out")
         return ProductSpace(self.adapters, layout, self.optimizer)
 
-    def intake(self, d: int, rule: Rule) -> Intake:
-        """How the server opens what arrives."""
+    def intake(self, d: int, rule: Rule, state: State) -> Intake:
+        """How the server opens what arrives, under the rule and its state."""
         weighed = self.weighting != "equal"
         opened = weighed or self.server_attack is not None or self.adapters is not None
         needs = Reveals.EACH if opened else rule.needs
-        return Intake(self.codecs, d, needs, float("inf") if self.plan is None else self.plan.max_grad_norm)
+        plan = self.plan
+        if plan is None or not plan.noises_the_sum:  # rows are noised already where the server sees them
+            return Intake(self.codecs, d, needs)
+        if isinstance(rule, QuantileRelease):
+            return Intake(self.codecs, rule.row_width(d), needs, rule.length(state))
+        if plan.integers is not None:
+            return Intake(self.codecs, d, needs, least_answers=plan.integers.least_answers)
+        return Intake(self.codecs, d, needs, plan.max_grad_norm)
 
-    def release(self, d: int, population: int) -> Rule:
+    def release(self, d: int, population: int, active: Tensor | None = None) -> Rule:
         """The rule, or the plan's release in its place.
 
         Where the server opens rows it clips them itself, to the bound itself; elsewhere codecs may lengthen a row.
         """
-        if self.plan is None:
+        if self.plan is None or not self.plan.noises_the_sum:
             return self.rule
         bound = self.plan.max_grad_norm
-        opened = self.channel.reveals is Reveals.EACH
-        return self.plan.release(bound if opened else self.codecs.norm_bound(bound, d), population)
+        opened = self.channel.reveals is Reveals.EACH or self.plan.place != "central"
+        return self.plan.release(bound if opened else self.codecs.norm_bound(bound, d), population, active)

@@ -36,6 +36,7 @@ def save(state: RunState, folder: Path) -> RunState:
     tensors: dict[str, Tensor] = {"model": state.model}
     tensors |= {f"rule/{name}": value for name, value in state.rule.items()}
     tensors |= {f"attack/{name}": value for name, value in state.attack.items()}
+    tensors |= {f"joined/{name}": value for name, value in state.joined.items()}
     tensors |= {f"optimizer/{name}": value for name, value in state.optimizer.items()}
     path = folder / f"state-{state.round:06d}.safetensors"
     part = path.with_suffix(".part")
@@ -73,7 +74,7 @@ def load(folder: Path) -> RunState | None:
     for name, digest in index["sha256"].items():
         if not (folder / name).is_file() or file_digest(folder / name) != digest:
             raise BrokenCheckpoint(f"{folder / name} is missing, cut off or changed; delete {folder} to start anew")
-    parts: dict[str, State] = {"rule": {}, "optimizer": {}, "attack": {}}
+    parts: dict[str, State] = {"rule": {}, "optimizer": {}, "attack": {}, "joined": {}}
     tensors = load_file(folder / index["state"])
     for name, value in tensors.items():
         part, _, key = name.partition("/")
@@ -89,6 +90,7 @@ def load(folder: Path) -> RunState | None:
         parts["optimizer"],
         states,
         parts["attack"],
+        parts["joined"],
         index["skipped"],
     )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import inf, isinf
+from math import inf, isinf, sqrt
 from typing import final
 
 from privfm.contracts import ROOT, Channel, Reveals, Rule
+from privfm.defenses.integer_noise import IntegerNoise
 from privfm.defenses.mean import Mean
 from privfm.defenses.privacy import DPPlan
 from privfm.federation.arm import Arm
@@ -32,7 +33,9 @@ class Problem:
     instead: str
 
 
-def problems(arm: Arm, d: int, population: int, rooted: bool = True) -> list[Problem]:
+def problems(  # noqa: PLR0917  # all of them are facts of a run, and named where they are given
+    arm: Arm, d: int, population: int, rooted: bool = True, examples: int | None = None, private_gradients: str = ""
+) -> list[Problem]:
     """Everything that is wrong with an arm, purely: nothing is trained, made or asked.
 
     Args:
@@ -40,6 +43,8 @@ def problems(arm: Arm, d: int, population: int, rooted: bool = True) -> list[Pro
       d: trained values.
       population: number of clients.
       rooted: the server has examples of its own.
+      examples: that all clients hold together; None: at least one each.
+      private_gradients: why local training cannot bound gradients of single examples; empty: it can.
     """
     judges = (
         _channel(arm, d, population),
@@ -48,7 +53,8 @@ def problems(arm: Arm, d: int, population: int, rooted: bool = True) -> list[Pro
         _root(arm, d, rooted),
         _adapters(arm),
         _weighting(arm),
-        _plan(arm, d, population),
+        _plan(arm, d, population, population if examples is None else examples, private_gradients),
+        _alternation(arm),
         _attack(arm),
     )
     return [Problem(what, instead) for judge in judges for wrong, what, instead in judge if wrong]
@@ -144,7 +150,7 @@ def _adapters(arm: Arm) -> Iterator[Finding]:
         "Plaintext, or leave adapters out",
     )
     yield (
-        arm.plan is not None,
+        arm.plan is not None and arm.plan.noises_the_sum,
         "the plan's clip bounds factors, not their products: what it releases would have no bounded sensitivity",
         "leave adapters out under a plan",
     )
@@ -170,45 +176,131 @@ def _weighting(arm: Arm) -> Iterator[Finding]:
         "equal weighting, or Plaintext",
     )
     yield (
-        arm.plan is not None,
+        arm.plan is not None and arm.plan.noises_the_sum,
         "under a plan a client with more weight has more sensitivity than the noise is made for",
-        "equal weighting",
+        "equal weighting and the plan's weight_cap, which clients apply to clipped updates",
     )
 
 
-def _plan(arm: Arm, d: int, population: int) -> Iterator[Finding]:
+def _plan(arm: Arm, d: int, population: int, examples: int, private_gradients: str) -> Iterator[Finding]:
     """What would make epsilon a lie."""
     plan = arm.plan
     if plan is None:
         return
-    name = type(arm.rule).__name__
+    units = examples if plan.unit == "example" else population
     yield (
-        not isinstance(arm.rule, Mean),
-        f"{name} under a central plan has no bounded sensitivity",
-        "Mean (the plan puts its noisy sum in the mean's place), or no plan",
+        plan.delta >= 1 / units,
+        f"delta={plan.delta:g} >= 1/N = {1 / units:g} for {units:,} {plan.unit}s: publishing one of them whole would "
+        "satisfy it",
+        f"delta below {1 / units:g}, better {units**-1.1:.1g}",
     )
     yield (
-        arm.cohort is not None and arm.cohort != Poisson(plan.sample_rate),
-        f"the plan samples each client at {plan.sample_rate}, the cohort is {arm.cohort}",
+        arm.cohort is not None and arm.cohort != arm.sampling,
+        f"the plan draws clients by itself ({arm.sampling}), the cohort is {arm.cohort}",
         "leave the cohort out: the plan is accounted for its own sampling",
     )
+    share = plan.sample_rate * population
     yield (
-        isinf(arm.codecs.norm_bound(plan.max_grad_norm, d)),
+        plan.sampling == "fixed_size" and abs(share - round(share)) > 1e-6,
+        f"sample_rate={plan.sample_rate:g} of {population} clients is no whole number, and the cohort has a fixed size",
+        f"sample_rate={max(1, round(share)) / population:.4g}",
+    )
+    yield (
+        plan.simulated_population is not None and plan.simulated_population < population,
+        f"simulated_population={plan.simulated_population} is smaller than the {population} clients there are",
+        "leave it out: it makes noise smaller than the run's own",
+    )
+    yield (
+        plan.unit == "example" and bool(private_gradients),
+        f"gradients of single examples are not to be had: {private_gradients}",
+        "SGD or AdamW on a model without batch statistics",
+    )
+    if plan.unit == "client":
+        yield from _few_clients(plan, d, population)
+    if plan.noises_the_sum:
+        yield from _sum(arm, plan, d)
+
+
+FEWEST_CLIENTS = 10
+"""Among fewer, noise that hides a whole client outweighs all of them together, whatever is tuned."""
+
+
+def _few_clients(plan: DPPlan, d: int, population: int) -> Iterator[Finding]:
+    """Whole clients cannot be hidden among a handful."""
+    alone = 1.0 if plan.place == "local" else plan.sample_rate * population
+    ratio = plan.noise_multiplier * sqrt(d) / alone  # |noise| = z C sqrt(d) on a sum of `alone` clips C
+    yield (
+        population < FEWEST_CLIENTS,
+        f"{population} clients cannot hide one of them: the noise of each round is {ratio:.3g} times as long as the "
+        "largest update that all of them together could make",
+        "unit='example', which protects every example of a client (few large clients), or more clients",
+    )
+
+
+def _sum(arm: Arm, plan: DPPlan, d: int) -> Iterator[Finding]:
+    """What noise needs that is made for a sum of clipped updates."""
+    name, way, bound = type(arm.rule).__name__, type(arm.channel).__name__, plan.max_grad_norm
+    yield (
+        not isinstance(arm.rule, Mean),
+        f"{name} under a {plan.place} plan has no bounded sensitivity",
+        "Mean (the plan puts its noisy sum in the mean's place), place='local', or no plan",
+    )
+    yield (
+        isinf(arm.codecs.norm_bound(bound, d)),
         f"{_names(arm.codecs.parts)} can lengthen a clipped update without bound",
         "codecs with a norm bound",
     )
+    lengthened = bool(arm.codecs.parts)
+    yield (
+        plan.integers is None and lengthened and (plan.adaptive or plan.place == "key_holder"),
+        f"{_names(arm.codecs.parts)} changes what is sent, and the noise is sized for the clip itself",
+        "leave codecs out, or a central plan with one clip",
+    )
+    if plan.integers is not None:
+        yield from _integers(arm, plan, plan.integers, d)
+        return
     similarity = arm.codecs.similarity
     largest = arm.channel.largest_coordinate
-    length = arm.codecs.norm_bound(plan.max_grad_norm, d) / similarity if similarity else inf  # on the wire
+    length = arm.codecs.norm_bound(bound, d) / similarity if similarity else inf  # on the wire
     yield (
         largest is not None and length > largest,
-        f"a clipped update may have a coordinate of {length:g}, {type(arm.channel).__name__} refuses beyond {largest}",
+        f"a clipped update may have a coordinate of {length:g}, {way} refuses beyond {largest}",
         "a channel bound of at least the clip: whether a client refuses would depend on its data",
     )
     yield (
-        plan.delta >= 1 / population,
-        f"delta={plan.delta:g} >= 1/N = {1 / population:g}: publishing one client whole would satisfy it",
-        f"delta below {1 / population:g}, better {population**-1.1:.1g}",
+        plan.adaptive and largest is not None,
+        f"the clip moves, and {way} refuses coordinates beyond {largest}: whether a client refuses depends on its data",
+        "Plaintext, or one clip",
+    )
+    yield (
+        plan.place == "key_holder" and not arm.channel.noises,
+        f"{way} has no key holder that could add the noise",
+        "CKKS, or place='central'",
+    )
+    yield (
+        plan.bands > 1 and arm.alternate,
+        "noise that is correlated between rounds covers what is trained, and factors take turns",
+        "one of them",
+    )
+
+
+def _integers(arm: Arm, plan: DPPlan, integers: IntegerNoise, d: int) -> Iterator[Finding]:
+    """What distributed noise needs of the channel and of its grid."""
+    way = type(arm.channel).__name__
+    yield (
+        arm.channel.reveals is not Reveals.SUM,
+        f"{way} reveals {arm.channel.reveals.name}: each client adds only a share of the noise",
+        "a channel that reveals the sum alone, such as CKKS",
+    )
+    yield from integers.problems(plan.noise_multiplier, d, arm.channel)
+
+
+def _alternation(arm: Arm) -> Iterator[Finding]:
+    """What factors that take turns need."""
+    yield (
+        arm.alternate and arm.adapters is not None,
+        f"factors take turns, and {arm.adapters} gives both of them anew every round",
+        "leave one of them out",
     )
 
 

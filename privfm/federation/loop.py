@@ -11,6 +11,7 @@ from privfm.checks import RoundFailed, at_least, require
 from privfm.contracts import Metric, UpdateAttack
 from privfm.federation.client_states import ClientStates
 from privfm.federation.compatibility import problems
+from privfm.federation.population import no_participations
 from privfm.federation.record import Record
 from privfm.federation.round import Federation, RunState, play
 
@@ -38,8 +39,11 @@ class Step:
 
 def refuse_problems(federation: Federation) -> None:
     """Raises `InvalidArgument` with everything that `compatibility.problems` lists, each with its way out."""
-    rooted = federation.root is not None
-    found = problems(federation.arm, federation.learner.d, federation.clients.size, rooted)
+    arm, learner, clients = federation.arm, federation.learner, federation.clients
+    public = arm.plan is not None and arm.plan.makes_sizes_public
+    examples = sum(len(clients.examples(client)) for client in range(clients.size)) if public else None
+    refusal = learner.refuses_private_gradients() if arm.plan is not None and arm.plan.unit == "example" else ""
+    found = problems(arm, learner.d, clients.size, federation.root is not None, examples, refusal)
     require(not found, "; ".join(f"{problem.what} (instead: {problem.instead})" for problem in found))
 
 
@@ -54,7 +58,9 @@ def start(federation: Federation) -> RunState:
     rule, space = arm.release(d, federation.clients.size), arm.space(d, learner.adapters)
     attack = arm.attack.init(d) if isinstance(arm.attack, UpdateAttack) else {}
     model, width = space.start(learner.initial()), space.width
-    return RunState(0, model, rule.init(width), arm.optimizer.init(width), ClientStates({}), attack)
+    bounded = arm.plan is not None and arm.plan.bounds_participation
+    joined = no_participations(federation.clients.size) if bounded else {}
+    return RunState(0, model, rule.init(width), arm.optimizer.init(width), ClientStates({}), attack, joined)
 
 
 def rounds(

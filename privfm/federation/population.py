@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from privfm.checks import at_least, fraction, require
-from privfm.contracts import Clients, Examples, Sampling
+from privfm.contracts import Clients, Examples, Sampling, State
 
 
 @final
@@ -57,7 +57,7 @@ class Poisson(Sampling):
     def __post_init__(self) -> None:
         fraction("rate", self.rate)
 
-    def draw(self, population: int, generator: Generator) -> tuple[int, ...]:
+    def draw(self, population: int, generator: Generator, now: int = 0) -> tuple[int, ...]:
         joins = torch.rand(population, generator=generator, dtype=torch.float64) < self.rate
         return tuple(joins.nonzero()[:, 0].tolist())
 
@@ -90,7 +90,7 @@ class FixedSize(Sampling):
     def __post_init__(self) -> None:
         at_least("size", self.size, 1)
 
-    def draw(self, population: int, generator: Generator) -> tuple[int, ...]:
+    def draw(self, population: int, generator: Generator, now: int = 0) -> tuple[int, ...]:
         return tuple(sorted(torch.randperm(population, generator=generator)[: self.size].tolist()))
 
     def expected(self, population: int) -> float:
@@ -103,6 +103,100 @@ class FixedSize(Sampling):
         from scipy.stats import hypergeom
 
         return float(hypergeom.sf(f, population, malicious, min(self.size, population)))
+
+
+@final
+@dataclass(frozen=True)
+class FixedShare(Sampling):
+    """The same share of the population every round, without replacement.
+
+    Args:
+      rate: share; with the population's size it must give a whole number.
+    """
+
+    rate: float
+
+    def __post_init__(self) -> None:
+        fraction("rate", self.rate)
+
+    def draw(self, population: int, generator: Generator, now: int = 0) -> tuple[int, ...]:
+        return self._sized(population).draw(population, generator)
+
+    def expected(self, population: int) -> float:
+        return self.rate * population
+
+    def largest(self, population: int) -> int:
+        return self._sized(population).size
+
+    def exceeds(self, f: int, malicious: int, population: int) -> float:
+        return self._sized(population).exceeds(f, malicious, population)
+
+    def _sized(self, population: int) -> FixedSize:
+        return FixedSize(max(1, round(self.rate * population)))
+
+
+@final
+@dataclass(frozen=True)
+class Cyclic(Sampling):
+    """The population is cut into groups by client id, which take turns: no chance, nothing to keep secret.
+
+    Every client takes part once in `groups` rounds, and waits as long in between.
+
+    Args:
+      groups: number of groups.
+
+    Source: Choquette-Choo et al., "(Amplified) banded matrix factorization", 2023, section 3: a schedule with a least
+    separation between participations.
+    """
+
+    groups: int
+
+    def __post_init__(self) -> None:
+        at_least("groups", self.groups, 1)
+
+    def draw(self, population: int, generator: Generator, now: int = 0) -> tuple[int, ...]:
+        return tuple(range(now % self.groups, population, self.groups))
+
+    def expected(self, population: int) -> float:
+        return population / self.groups
+
+    def largest(self, population: int) -> int:
+        return ceil(population / self.groups)
+
+    def exceeds(self, f: int, malicious: int, population: int) -> float:
+        """As if the malicious were spread by chance: which group they are in is not the sampling's to know."""
+        from scipy.stats import hypergeom
+
+        return float(hypergeom.sf(f, population, malicious, self.largest(population)))
+
+
+def eligible(
+    drawn: Sequence[int], joined: State, now: int, most: int | None, separation: int
+) -> tuple[tuple[int, ...], State]:
+    """Who of the drawn clients may join, and what is remembered of everybody afterwards.
+
+    Args:
+      drawn: client ids.
+      joined: of `no_participations`, or as returned before.
+      now: number of this round.
+      most: rounds a client may join in all; None: any number.
+      separation: least rounds from one participation of a client to its next.
+    """
+    ids = torch.tensor(drawn, dtype=torch.int64)
+    count, last = joined["count"], joined["last"]
+    fresh = count[ids] == 0
+    may = fresh | (now - last[ids] >= separation)
+    if most is not None:
+        may &= count[ids] < most
+    ids = ids[may]
+    ones = torch.ones_like(ids)
+    after = {"count": count.index_add(0, ids, ones), "last": last.index_fill(0, ids, now)}
+    return tuple(ids.tolist()), after
+
+
+def no_participations(population: int) -> State:
+    """How often each client has joined, and when last."""
+    return {"count": torch.zeros(population, dtype=torch.int64), "last": torch.zeros(population, dtype=torch.int64)}
 
 
 def choose_malicious(share: float, population: int, generator: Generator) -> tuple[int, ...]:

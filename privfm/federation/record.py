@@ -41,6 +41,7 @@ class Record:
       dropped_by_projection: share of the change of adapted weights that factors of one rank could not hold; None where
         factors are aggregated as they are.
       base_change_norm: L2 norm of what the server has added to frozen weights since the start; None: it adds nothing.
+      clip_bound: L2 clip of the round, where a plan moves it; None: it stays. Part of what is released.
       skipped: why the round was skipped; empty when it was played.
       failure: the first reason why a client's training, or under a plan the protocol, failed; empty when nothing did.
       update_norm_median: L2 norm of a trained update before any step.
@@ -69,6 +70,7 @@ class Record:
     empirical_kappa: float | None = _shown("private")
     dropped_by_projection: float | None = _shown("private")
     base_change_norm: float | None = _shown("private")
+    clip_bound: float | None = _shown("released")
     skipped: str = _shown("private")
     failure: str = _shown("private")
     update_norm_median: float | None = _shown("private")

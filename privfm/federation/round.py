@@ -33,10 +33,11 @@ from privfm.contracts import (
     View,
 )
 from privfm.defenses.directional_rules import with_root
+from privfm.defenses.releases import BOUND, GaussianRelease, QuantileRelease
 from privfm.defenses.views import EmptyView, WatchedView
 from privfm.federation.arm import Arm
 from privfm.federation.client_states import ClientStates
-from privfm.federation.population import lost
+from privfm.federation.population import eligible, lost
 from privfm.federation.record import Record
 from privfm.federation.spaces import Moved, Space
 from privfm.federation.traffic import Traffic
@@ -78,6 +79,7 @@ class RunState:
     optimizer: State
     clients: ClientStates
     attack: State  # what the attackers share
+    joined: State  # how often clients took part, where the plan bounds it
     skipped: int = 0  # rounds in a row, up to now
 
 
@@ -90,12 +92,14 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
     arm, learner, now, d = federation.arm, federation.learner, state.round, federation.learner.d
     generator = federation.seeds.generator
     began = perf_counter()
-    rule, space = arm.release(d, federation.clients.size), arm.space(d, learner.adapters)
+    active = arm.active(now, learner.adapters)
+    rule, space = arm.release(d, federation.clients.size, active), arm.space(d, learner.adapters)
     state = _with_root(federation, state, space)
-    cohort = arm.sampling.draw(federation.clients.size, generator("cohort", now))
+    cohort, state = _drawn(federation, state)
     gone = lost(arm.dropout_rate, arm.channel.client_stages, cohort, generator("dropout", now))
-    way = Way(federation, state, rule, space, cohort)
-    traffic = Traffic(federation.engine.open(arm.channel, way.sealed, way.honest, way.malicious, gone))
+    way, channel, intake = Way(federation, state, rule, space, cohort), arm.wire, arm.intake(d, rule, state.rule)
+    nobody = EmptyView(intake.d)
+    traffic = Traffic(federation.engine.open(channel, way.sealed, way.honest, way.malicious, gone))
 
     def concluded(view: View) -> Conclusion:
         seen = space.seen(view, state.model)
@@ -104,18 +108,18 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
         after = replace(state, model=moved.model, rule=rule_state, optimizer=moved.optimizer)
         return Conclusion(after, seen, outcome, moved)
 
-    view, end, skipped, failure = WatchedView(EmptyView(d)), Conclusion(state, EmptyView(d)), "", ""
+    view, end, skipped, failure = WatchedView(nobody), Conclusion(state, nobody), "", ""
     try:
-        view = WatchedView(arm.channel.collect(cohort, arm.intake(d, rule), traffic.exchange))
+        view = WatchedView(channel.collect(cohort, intake, traffic.exchange))
         if arm.weighting == "examples":
             view.client_weights = _shares(federation.clients, view.ids)
         end = concluded(view)
     except (RoundFailed, CohortTooSmall) as reason:
         failure = str(reason)
-        if arm.plan is None:
-            skipped = failure
+        if isinstance(rule, GaussianRelease | QuantileRelease) and rule.noise_multiplier > 0:
+            end = replace(concluded(nobody), outcome=None)
         else:
-            end = replace(concluded(EmptyView(d)), outcome=None)
+            skipped = failure
 
     arrived = view if end.outcome is None else end.seen
     kept, kept_malicious = end.counted("kept", way.malicious)
@@ -138,6 +142,7 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
         empirical_kappa=None if end.outcome is None else way.empirical_kappa(end.seen, end.outcome.vector),
         dropped_by_projection=end.moved and end.moved.dropped,
         base_change_norm=end.moved and end.moved.base_change,
+        clip_bound=float(state.rule[BOUND]) if BOUND in state.rule else None,
         skipped=skipped,
         failure=next(iter(way.failures.values()), failure),
         update_norm_median=median(way.norms) if way.norms else None,
@@ -179,6 +184,17 @@ class Conclusion:
             return None, None
         marked = {client for client, mark in zip(self.seen.ids, found.tolist(), strict=True) if mark}
         return len(marked), len(marked & set(malicious))
+
+
+def _drawn(federation: Federation, state: RunState) -> tuple[tuple[int, ...], RunState]:
+    """Who is asked in this round, and the state that remembers it; the plan's bounds on participation hold here."""
+    arm, now = federation.arm, state.round
+    drawn = arm.sampling.draw(federation.clients.size, federation.seeds.generator("cohort", now), now)
+    plan = arm.plan
+    if plan is None or not plan.bounds_participation:
+        return drawn, state
+    cohort, joined = eligible(drawn, state.joined, now, plan.max_participations, plan.bands)
+    return cohort, replace(state, joined=joined)
 
 
 def _shares(clients: Clients, ids: Sequence[int]) -> Tensor:
@@ -233,6 +249,9 @@ class Way:
         level = arm.attack.needs if isinstance(arm.attack, UpdateAttack) else Knows.OWN
         self._known = Knowledge(level, len(cohort), self._imagined, state.model[: federation.learner.d], rule)
         self._spread = Spread() if arm.plan is None else None
+        self._active = arm.active(state.round, federation.learner.adapters)
+        self._layers = federation.learner.layers
+        self._bound = float(state.rule[BOUND]) if BOUND in state.rule else None  # of this round's clip, where it moves
         self._sums = federation.arm.channel.reveals is Reveals.SUM  # elsewhere the server may clip what it opens
         self._plain_sum = torch.zeros((), dtype=torch.float64)
         self._summed: set[int] = set()
@@ -250,9 +269,10 @@ class Way:
             self.attack, rows = attack.bend(self._state.attack, rows, self._known, seeds.generator("attack", now))
             if attack.obeys_chain:
                 rows, _ = self._stepped(ids, rows, self._state.clients)
+        rows = self._guarded(ids, rows, honest=attack is None)
         encoded, _ = arm.codecs.encode(rows, {}, seeds.clients("codecs", now, ids))
         if attack is None and (self._known.level > Knows.OWN or self._spread is not None):
-            decoded = arm.codecs.decode(encoded, rows.shape[1])
+            decoded = arm.codecs.decode(encoded, rows.shape[1])[:, : self._federation.learner.d]
             self._known.add(decoded, ids)
             if self._spread is not None:
                 seen = self._space.seen(MatrixView(decoded), self._state.model)
@@ -279,7 +299,7 @@ class Way:
         if not self._sums or not vectors or set(view.ids) != self._summed or not self._plain_sum.any():
             return None
         d = self._federation.learner.d
-        plain = self._federation.arm.intake(d, self._rule).total(self._plain_sum)
+        plain = self._federation.arm.intake(d, self._rule, self._state.rule).total(self._plain_sum)
         return float((vectors[0].double() - plain).norm() / plain.norm())
 
     def _trained(self, asked: Sequence[int], attack: Attack | None) -> tuple[list[int], Tensor]:
@@ -290,24 +310,48 @@ class Way:
             generators = [federation.seeds.generator("attack", now, client) for client in asked]
             examples = [attack.poison(own, one) for own, one in zip(examples, generators, strict=True)]
         generators = federation.seeds.clients("data order", now, asked)
-        trained = federation.learner.train(self._state.model, examples, generators)
+        privacy = None if federation.arm.plan is None else federation.arm.plan.gradient_privacy(self._layers)
+        if attack is not None and not isinstance(attack, DataAttack):
+            privacy = None  # nobody can make an attacker protect anything
+        trained = federation.learner.train(self._state.model, examples, generators, privacy, self._active)
         for place, reason in trained.failed.items():
             if federation.strict:
                 raise ClientFailed(f"client {asked[place]}: {reason}")
             self.failures[asked[place]] = reason
+        plan = federation.arm.plan
+        if trained.failed and plan is not None and plan.unit == "client":  # who fails may depend on data
+            places = torch.tensor(list(trained.failed))
+            rows = trained.rows.index_fill(0, places, 0.0)
+            self.norms += rows.norm(dim=1).tolist()
+            return list(asked), rows
         good = [place for place in range(len(asked)) if place not in trained.failed]
         rows = trained.rows[good] if trained.failed else trained.rows
         self.norms += rows.norm(dim=1).tolist()
         return [asked[place] for place in good], rows
 
     def _stepped(self, ids: Sequence[int], rows: Tensor, before: ClientStates) -> tuple[Tensor, ClientStates]:
-        steps = self._federation.arm.steps
+        steps = self._federation.arm.steps(self._layers, self._bound)
         own = before.stacked(ids, steps.init(rows.shape[1]))
         generators = self._federation.seeds.clients("steps", self._state.round, ids)
         encoded, after = steps.encode(rows, own, generators)
         return encoded.rows, before.updated(ids, after)
 
+    def _guarded(self, ids: Sequence[int], rows: Tensor, honest: bool) -> Tensor:
+        """Rows as the plan wants them: with the client's weight, with its own noise, with what else it reports.
+
+        The first two are the client's to do, so an attacker leaves them out; the last is the format.
+        """
+        plan, federation = self._federation.arm.plan, self._federation
+        if plan is None or plan.unit == "example":
+            return rows
+        if honest and plan.weight_cap is not None:
+            rows = rows * plan.weights([len(federation.clients.examples(client)) for client in ids])[:, None]
+        if honest and plan.place == "local":
+            rows = plan.own_noise(rows, federation.seeds.clients("own noise", self._state.round, ids))
+        return self._rule.marked(rows, self._state.rule) if isinstance(self._rule, QuantileRelease) else rows
+
     def _imagined(self, rows: Tensor) -> Tensor:
         """What the rule, in its present state, would return: for adaptive attacks that may ask."""
         generator = self._federation.seeds.generator("noise", self._state.round)
+        rows = self._rule.marked(rows, self._state.rule) if isinstance(self._rule, QuantileRelease) else rows
         return self._space.imagined(self._state.rule, self._rule, rows, self._state.model, generator)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import Generator, Tensor
 
 from privfm.adapters import AdapterLayout
-from privfm.checks import one_of, require
+from privfm.checks import at_least, one_of, require
 from privfm.contracts import MatrixView, Outcome, Rule, ServerOptimizer, State, View
-from privfm.defenses.adapter_aggregation import next_adapters
+from privfm.defenses.adapter_aggregation import MODES, OVERSAMPLING, PROJECTIONS, Mode, next_adapters
 from privfm.defenses.geometry import Change, ProductView
 from privfm.federation.optimizers import Average
 
@@ -28,20 +28,25 @@ class ProductGeometry:
     Args:
       mode: `flexlora` broadcasts the best factors of rank r (Bai et al., 2024); `fedex` the mean factors, and the
         frozen weights take the rest (Singhal et al., 2025); `flora` gives everything to the frozen weights and starts
-        anew (Wang et al., 2024).
-      exact: under `flexlora`, too, the frozen weights take what rank r cannot hold.
+        anew (Wang et al., 2024); `fedask` finds what `flexlora` broadcasts from two sketches of the clients' products,
+        as a server could that sees sums alone (Wen et al., 2025). Here it is post-processing of rows that the channel
+        reveals: under a plan, privacy comes from how the clients trained.
+      exact: under `flexlora` and `fedask`, too, the frozen weights take what rank r cannot hold.
+      oversampling: columns of the sketches beyond the rank, under `fedask`.
     """
 
-    mode: Literal["flexlora", "fedex", "flora"] = "flexlora"
+    mode: Mode = "flexlora"
     exact: bool = False
+    oversampling: int = OVERSAMPLING
 
     def __post_init__(self) -> None:
-        one_of("mode", self.mode, ("flexlora", "fedex", "flora"))
+        one_of("mode", self.mode, MODES)
+        at_least("oversampling", self.oversampling, 0)
 
     @property
     def changes_base(self) -> bool:
         """Whether the frozen weights change: clients are then sent that change, too."""
-        return self.exact or self.mode != "flexlora"
+        return self.exact or self.mode not in PROJECTIONS
 
 
 @final
@@ -141,7 +146,14 @@ class ProductSpace(Space):
             now = self.weights(model)
             after, following = self.optimizer.step(state, now, outcome.vector.to(now))
             change = Change.dense(layout, following - now)
-        found = next_adapters(model[: layout.d], change, geometry.mode, exact=geometry.exact, generator=generator)
+        found = next_adapters(
+            model[: layout.d],
+            change,
+            geometry.mode,
+            exact=geometry.exact,
+            generator=generator,
+            oversampling=geometry.oversampling,
+        )
         if not geometry.changes_base:
             return Moved(after, found.broadcast, found.dropped)
         base = model[layout.d :].clone()

@@ -13,7 +13,7 @@ from typing import Any
 
 from privfm.checks import InvalidArgument
 from privfm.files import new_folder, write_atomically, write_json
-from privfm.reporting.run_folder import CONFIG, ENVIRONMENT, ROUNDS, SUMMARY, RunFolder
+from privfm.reporting.run_folder import CONFIG, ENVIRONMENT, POPULATION, ROUNDS, SUMMARY, RunFolder
 
 Visibility = Callable[[str], str]
 
@@ -54,7 +54,7 @@ def export_released(run: RunFolder, visibility: Visibility, destination: Path) -
     Raises:
       InvalidArgument: `destination` is not empty or cannot be written.
     """
-    documents = {CONFIG: run.config(), ENVIRONMENT: run.environment()}
+    documents = {CONFIG: run.config(), ENVIRONMENT: run.environment(), POPULATION: run.population()}
     if run.finished:
         documents[SUMMARY] = run.summary()
     rows = [_visible("", row, visibility) for row in run.rows()]

@@ -1,6 +1,8 @@
 """The record of one run: a folder that is safe to kill at any moment and safe to reopen.
 
 - `config.json`: the resolved configuration, written once;
+- `population.json`: what of the data an epsilon depends on: trained values, and sizes of clients where a plan makes
+  them public;
 - `env.json`: under what it ran (see `privfm.reporting.environment`);
 - `rounds.jsonl`: one flat row a round, each flushed to the disk; units stand in the names (`bytes_up`);
 - `summary.json`: written last; a run without it is unfinished.
@@ -23,6 +25,7 @@ from privfm.files import new_folder, read_json, writable, write_atomically, writ
 Scalar = float | int | str | bool | None
 
 CONFIG, ENVIRONMENT, ROUNDS, SUMMARY = "config.json", "env.json", "rounds.jsonl", "summary.json"
+POPULATION = "population.json"
 
 
 @final
@@ -87,6 +90,23 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """The resolved configuration."""
         return read_json(self.path / CONFIG)
+
+    def describe(self, population: Mapping[str, Any]) -> None:
+        """Writes what of the data an epsilon depends on; the same again changes nothing.
+
+        Raises:
+          InvalidArgument: a run of other data is here.
+        """
+        given = _plain("population", population)
+        if (self.path / POPULATION).exists():
+            _require_same(self.path, recorded=self.population(), given=given)
+        else:
+            write_json(self.path / POPULATION, given)
+
+    def population(self) -> dict[str, Any]:
+        """What of the data an epsilon depends on; empty before the run has read them."""
+        path = self.path / POPULATION
+        return read_json(path) if path.exists() else {}
 
     def environment(self) -> dict[str, Any]:
         """Under what the run was made; later environments of a resumed run under `resumed`."""

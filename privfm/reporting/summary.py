@@ -141,10 +141,15 @@ class ArmResult:
 
         None without a guarantee; an epsilon that is not finite guarantees nothing, in any seed.
         """
-        records = [summary.get("epsilon") or {} for summary in self.summaries.values()]
-        if any(finite(record.get("epsilon")) is None for record in records):
-            return None
-        return max(records, key=lambda record: float(record["epsilon"]), default=None)
+        return next(iter(self.epsilons), None)
+
+    @property
+    def epsilons(self) -> Sequence[Mapping[str, Any]]:
+        """All records of that seed, the headline first: one an observer."""
+        found = [summary.get("epsilons") or [summary.get("epsilon") or {}] for summary in self.summaries.values()]
+        if any(finite(records[0].get("epsilon")) is None for records in found):
+            return []
+        return max(found, key=lambda records: float(records[0]["epsilon"]), default=[])
 
     def values(self, name: str) -> dict[int, float]:
         """A number of the summary by seed, where it is one."""

@@ -75,7 +75,9 @@ def table_of_arms(experiment: Experiment) -> ReportTable:
 
 def guarantees(experiment: Experiment) -> tuple[str, ...]:
     """The privacy statement: one paragraph an arm with a guarantee, attacked ones too."""
-    return tuple(epsilon_paragraph(arm.title, arm.epsilon) for arm in experiment.finished if arm.epsilon)
+    return tuple(
+        epsilon_paragraph(arm.title, record) for arm in experiment.finished if arm.epsilon for record in arm.epsilons
+    )
 
 
 def epsilon_paragraph(title: str, record: Mapping[str, Any]) -> str:
@@ -88,9 +90,14 @@ def epsilon_paragraph(title: str, record: Mapping[str, Any]) -> str:
     adversary, place = str(record["adversary"]), str(record["place"])
     bound = record.get("participation_bound")
     took_part = "any number of rounds" if bound is None else f"at most {rounds_text(bound)}"
+    clients, median = record.get("clients"), record.get("median")
+    over = ""
+    if clients and median is not None:
+        over = f" (the largest of {clients:,} clients; the median client: {small_number(median)})"
+    whose = "client that takes" if record["unit"] == "client" else "example of a client that takes"
     return (
         f"{title}: epsilon {small_number(record['epsilon'])} at delta {small_number(record['delta'])} "
-        f"after {rounds_text(record['rounds'])}. It covers one {record['unit']} that takes part in {took_part}, "
+        f"after {rounds_text(record['rounds'])}{over}. It covers one {whose} part in {took_part}, "
         f"against {ADVERSARIES.get(adversary, adversary)}; neighbouring data sets: {record['relation']}. "
         f"Place of the noise: {place}{f' ({PLACES[place]})' if place in PLACES else ''}. "
         f"Accountant: {record['accountant']}; event: {record['event']}. "

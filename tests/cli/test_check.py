@@ -90,9 +90,9 @@ def test_all_problems_with_their_ways_out(example: str, capsys: pytest.CaptureFi
     assert [what.split()[0] for what, _ in problems] == [
         "TrimmedMean",
         "CKKS",
-        "TrimmedMean",
-        "the",
         "delta=0.5",
+        "the",
+        "TrimmedMean",
         "SignFlip(scale=4.0)",
     ]
     assert "6 problem(s): this must not run" in out

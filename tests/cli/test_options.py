@@ -256,13 +256,14 @@ def test_mistake_inside_a_nested_rule(example: str, refused: Callable[..., str])
 
 def test_internal_class_by_full_import_path_only(example: str, tmp_path: Path, refused: Callable[..., str]) -> None:
     """jsonargparse would take it by its short name: noise without a plan that accounts for it."""
-    words = ("--rule.deviation", "1.0", "--rule.denominator", "2.0")
+    words = ("--rule.noise_multiplier", "1.0", "--rule.sensitivity", "1.0", "--rule.denominator", "2.0")
     assert "'GaussianRelease' is no public" in refused("run", example, "--rule", "GaussianRelease", *words)
     file = tmp_path / "internal.toml"
-    file.write_text('rule = {class_path = "GaussianRelease", init_args = {deviation = 1.0, denominator = 2.0}}')
+    fields = "noise_multiplier = 1.0, sensitivity = 1.0, denominator = 2.0"
+    file.write_text(f'rule = {{class_path = "GaussianRelease", init_args = {{{fields}}}}}')
     assert "'GaussianRelease' is no public" in refused("run", example, "--config", str(file))
-    path = "privfm.defenses.privacy.GaussianRelease"
-    assert repr(read(example, "--rule", path, *words).rule) == "GaussianRelease(deviation=1.0, denominator=2.0)"
+    path = "privfm.defenses.releases.GaussianRelease"
+    assert repr(read(example, "--rule", path, *words).rule).startswith("GaussianRelease(noise_multiplier=1.0, sens")
 
 
 # ---------------------------------------------------------------------------------------------------- library's traps

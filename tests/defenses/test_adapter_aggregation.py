@@ -64,6 +64,7 @@ def tails(change: Change, broadcast: Tensor) -> float:
 
 EXACT = [{"mode": "flora"}, {"mode": "fedex"}, {"mode": "flexlora", "exact": True}]
 EXACT += [{"mode": "flexlora", "exact": True, "gauge": "balanced"}]
+EXACT += [{"mode": "fedask", "exact": True}, {"mode": "fedask", "exact": True, "oversampling": 0}]
 
 
 @pytest.mark.parametrize("options", EXACT, ids=repr)
@@ -121,6 +122,92 @@ def test_a_dense_aggregate_of_full_rank_is_taken_too():
         next_adapters(received, Change.dense(LAYOUT, vector), "fedex")
 
 
+# FedASK: the same from two sketches
+
+
+def clients_factors(scale: float = 0.3) -> list[Tensor]:
+    """The factors of every client after training, not their changes; those of `cohort`."""
+    return list(gaussian(LAYOUT.d) + scale * gaussian(N, LAYOUT.d, seed=1))
+
+
+def by_protocol(pair: FactorPair, clients: list[Tensor], sketch: Tensor) -> tuple[Tensor, Tensor]:
+    """Next factors as server and clients would find them, one message at a time; Wen et al., 2025, algorithm 1."""
+    first = torch.zeros(pair.outputs, sketch.shape[1], dtype=torch.float64)
+    for own in clients:
+        first += pair.b(own) @ (pair.a(own) @ sketch) / len(clients)
+    basis = torch.linalg.qr(first).Q
+    second = torch.zeros(pair.inputs, basis.shape[1], dtype=torch.float64)
+    for own in clients:
+        second += pair.a(own).T @ (pair.b(own).T @ basis) / len(clients)
+    u, s, vh = torch.linalg.svd(second.T, full_matrices=False)
+    r = pair.rank
+    return s[:r].sqrt()[:, None] * vh[:r], basis @ (u[:, :r] * s[:r].sqrt())
+
+
+@pytest.mark.parametrize("oversampling", [0, 1, 5])
+def test_fedask_is_its_protocol_message_by_message(oversampling):
+    after = next_adapters(
+        gaussian(LAYOUT.d), mean_change(), "fedask", generator=Generator().manual_seed(3), oversampling=oversampling
+    )
+    draws = Generator().manual_seed(3)
+    for pair in LAYOUT.pairs:
+        width = min(pair.rank + oversampling, pair.inputs, pair.outputs)
+        sketch = torch.randn(pair.inputs, width, generator=draws, dtype=torch.float64)
+        a, b = by_protocol(pair, clients_factors(), sketch)
+        torch.testing.assert_close(pair.b(after.broadcast) @ pair.a(after.broadcast), b @ a)
+        torch.testing.assert_close(
+            (pair.a(after.broadcast) @ pair.a(after.broadcast).T).diagonal(), (a @ a.T).diagonal()
+        )
+        torch.testing.assert_close(
+            (pair.b(after.broadcast).T @ pair.b(after.broadcast)).diagonal(), (b.T @ b).diagonal()
+        )
+
+
+def test_with_enough_columns_fedask_is_the_best_approximation_of_the_mean_product():
+    """Eckart and Young 1936, from the dense mean of the clients' products; the mean of factors is something else."""
+    received, clients, change = gaussian(LAYOUT.d), clients_factors(1.0), mean_change(1.0)
+    after = next_adapters(received, change, "fedask", generator=Generator().manual_seed(0), oversampling=20)
+    for pair in LAYOUT.pairs:
+        mean = torch.stack([pair.b(own) @ pair.a(own) for own in clients]).mean(0)
+        u, s, vh = torch.linalg.svd(mean)
+        best = (u[:, : pair.rank] * s[: pair.rank]) @ vh[: pair.rank]
+        torch.testing.assert_close(pair.b(after.broadcast) @ pair.a(after.broadcast), best)
+        factors = torch.stack(clients).mean(0)
+        assert float((pair.b(factors) @ pair.a(factors) - mean).norm()) > 0.1 * float(mean.norm())
+    assert after.dropped == pytest.approx(tails(change, received))
+
+
+def test_columns_for_the_rank_of_the_mean_are_enough():
+    """Clients that moved along one direction in all: the mean product has rank r + 1."""
+    layout = made(((20, 30, 2, 1.0),))
+    pair, received = layout.pairs[0], gaussian(layout.d)
+    rows = torch.zeros(N, layout.d, dtype=torch.float64)
+    for k, row in enumerate(rows):
+        pair.b(row)[:, 0] = (k + 1) * gaussian(20, seed=5)
+    change = ProductView(MatrixView(rows), layout, received).change(torch.full((N,), 1 / N))
+    change = Change.dense(layout, change.vector() + torch.cat([torch.outer(*wide()).flatten(), torch.zeros(PLAIN)]))
+    dropped = {}
+    for oversampling in (0, 1):
+        after = next_adapters(
+            received, change, "fedask", generator=Generator().manual_seed(0), oversampling=oversampling
+        )
+        missed = float((products(after.broadcast, layout) - products(received, layout) - change.vector()).norm())
+        dropped[oversampling] = after.dropped
+        assert missed == pytest.approx(after.dropped * float(change.vector().norm()))
+    assert dropped[1] == pytest.approx(next_adapters(received, change).dropped, rel=1e-9)
+    assert dropped[0] > 1.05 * dropped[1]
+
+
+def wide() -> tuple[Tensor, Tensor]:
+    return 10 * gaussian(20, seed=11), gaussian(30, seed=12)
+
+
+def test_fedask_takes_the_other_gauge_too():
+    received = gaussian(LAYOUT.d)
+    after = next_adapters(received, mean_change(), "fedask", gauge="nearest", generator=Generator(), oversampling=20)
+    torch.testing.assert_close(after.broadcast, next_adapters(received, mean_change()).broadcast)
+
+
 # The gauge of what is broadcast
 
 
@@ -128,8 +215,9 @@ def test_no_change_changes_no_bit():
     for dtype in (torch.float32, torch.float64):
         received = gaussian(LAYOUT.d).to(dtype)
         change = ProductView(MatrixView(torch.zeros(N, LAYOUT.d)), LAYOUT, received).change(torch.ones(N))
-        for options in ({}, {"gauge": "balanced"}, {"mode": "fedex"}, {"exact": True}):
-            assert torch.equal(next_adapters(received, change, **options).broadcast, received)
+        for options in ({}, {"gauge": "balanced"}, {"mode": "fedex"}, {"exact": True}, {"mode": "fedask"}):
+            found = next_adapters(received, change, **options, generator=Generator().manual_seed(0))
+            assert torch.equal(found.broadcast, received)
 
 
 def test_an_update_of_the_gauge_alone_leaves_the_factors_as_they_are():
@@ -211,6 +299,8 @@ def test_a_change_that_turns_every_row_of_a_away_is_no_division_by_zero():
         pytest.param({"mode": "fedx"}, "did you mean 'fedex'", id="mode"),
         pytest.param({"gauge": "nearer"}, "did you mean 'nearest'", id="gauge"),
         pytest.param({"mode": "flora"}, "generator=None", id="nothing to draw with"),
+        pytest.param({"mode": "fedask"}, "generator=None", id="no sketch to draw"),
+        pytest.param({"mode": "fedask", "oversampling": -1}, "oversampling=-1", id="oversampling"),
     ],
 )
 def test_what_cannot_be_done_is_refused(options, said):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor
 
 from privfm.checks import InvalidArgument
-from privfm.contracts import Encoded, Examples, Learner, MatrixView, Metric, Split, State, Trained
+from privfm.contracts import Encoded, Examples, GradientPrivacy, Learner, MatrixView, Metric, Split, State, Trained
 from privfm.defenses import CenteredClipping, Chain, Clip
 from privfm.defenses.transforms import ClientMomentum
 from privfm.engines import Local
@@ -190,7 +190,14 @@ class Scripted(Learner):
     def initial(self) -> Tensor:
         return torch.zeros(1)
 
-    def train(self, model: Tensor, batch: Sequence[Examples], generators: Sequence[Generator]) -> Trained:
+    def train(
+        self,
+        model: Tensor,
+        batch: Sequence[Examples],
+        generators: Sequence[Generator],
+        privacy: GradientPrivacy | None = None,
+        active: Tensor | None = None,
+    ) -> Trained:
         return Trained(torch.tensor([[10.0 ** int(examples.rows[0])] for examples in batch]), {})
 
     def evaluate(self, model: Tensor, split: Split) -> dict[str, Metric]:

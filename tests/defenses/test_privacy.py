@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from privfm.checks import InvalidArgument
 from privfm.contracts import MatrixView, Reveals, Rule
-from privfm.defenses import Clip, DPPlan, EpsilonRecord, Mean
+from privfm.defenses import DPPlan, EpsilonRecord, Mean
 from privfm.defenses.views import EmptyView, SumView
 
 FULL = DPPlan(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=1.0, delta=1e-5)
@@ -99,7 +99,7 @@ def test_useless_amounts_of_noise_are_accounted_loosely_and_say_so():
 
 @pytest.mark.parametrize("rounds", [-1, 1.0, True])
 def test_wrong_rounds_are_refused(rounds):
-    with pytest.raises(InvalidArgument, match="rounds="):
+    with pytest.raises(InvalidArgument, match="after="):
         FULL.epsilon(rounds)
 
 
@@ -162,7 +162,7 @@ def test_a_record_is_complete(plan):
     assert (record.delta, record.rounds) == (plan.delta, 20)
     said = (record.unit, record.place, record.adversary, record.relation)
     assert said == ("client", "central", "released_model", "zero-out, public N")
-    assert record.participation_bound is None  # amplification by secret sampling instead
+    assert record.participation_bound == (None if plan.sample_rate < 1 else 20)  # None: amplification instead
     words = [getattr(record, item.name) for item in fields(EpsilonRecord) if item.type == "str"]
     assert len(words) == 5
     assert all(words)
@@ -261,7 +261,10 @@ def test_a_sum_is_all_a_release_needs():
 
 
 def test_the_plans_clip_is_its_bound():
-    assert replace(FULL, max_grad_norm=0.7).clip == Clip(0.7)
+    step = replace(FULL, max_grad_norm=0.7).clip(((0, 3),))
+    long = step.encode(torch.tensor([[3.0, 4.0, 0.0], [0.1, 0.0, 0.0]]), {}, [])[0].rows
+    assert long.norm(dim=1).tolist() == pytest.approx([0.7, 0.1], rel=1e-5)
+    assert step.norm_bound(inf, 3) == 0.7
 
 
 @pytest.mark.parametrize("sensitivity", [inf, float("nan"), -1.0])
@@ -295,7 +298,7 @@ def cohorts(draw: st.DrawFn) -> tuple[Tensor, list[bool], int]:
 def moved(rule: Rule, cohort: tuple[Tensor, list[bool], int], clip: float) -> float:
     """How far leaving out one client moves the noiseless release: the larger of absent and zero."""
     rows, arrived, client = cohort
-    clipped = Clip(clip).encode(rows, {}, [])[0].rows
+    clipped = replace(FULL, max_grad_norm=clip).clip(((0, WIDTH),)).encode(rows, {}, [])[0].rows
     others = [i for i, there in enumerate(arrived) if there and i != client]
     present = sorted({*others, client})
     zeroed = clipped.clone()
@@ -309,7 +312,7 @@ def moved(rule: Rule, cohort: tuple[Tensor, list[bool], int], clip: float) -> fl
 @given(cohorts())
 def test_one_client_moves_the_release_by_at_most_the_clip_over_the_denominator(cohort):
     plan = DPPlan(noise_multiplier=0.0, max_grad_norm=CLIP, sample_rate=RATE, delta=1e-3)
-    rule = plan.release(plan.clip.norm_bound(inf, WIDTH), POPULATION)
+    rule = plan.release(plan.clip(((0, WIDTH),)).norm_bound(inf, WIDTH), POPULATION)
     assert moved(rule, cohort, CLIP) <= CLIP / (RATE * POPULATION) * (1 + 1e-5)
 
 

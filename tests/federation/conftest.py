@@ -24,6 +24,7 @@ from privfm.contracts import (
     Encoded,
     Examples,
     Exchange,
+    GradientPrivacy,
     GramLimits,
     Intake,
     Knowledge,
@@ -64,7 +65,14 @@ class DigitsLearner(Learner):
     def initial(self) -> Tensor:
         return torch.zeros(self.d)
 
-    def train(self, model: Tensor, batch: Sequence[Examples], generators: Sequence[Generator]) -> Trained:
+    def train(
+        self,
+        model: Tensor,
+        batch: Sequence[Examples],
+        generators: Sequence[Generator],
+        privacy: GradientPrivacy | None = None,
+        active: Tensor | None = None,
+    ) -> Trained:
         self.batches.append(len(batch))
         rows, failed = [], {}
         for place, (examples, generator) in enumerate(zip(batch, generators, strict=True)):

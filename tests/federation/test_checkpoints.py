@@ -89,7 +89,7 @@ def test_a_half_written_checkpoint_leaves_the_one_before(federation: Make, tmp_p
     (tmp_path / ".checkpoint.json.1.partial").write_text('{"form')
     found = load(tmp_path)
     assert found is not None and found.round == 2 and torch.equal(found.model, state.model)
-    save(RunState(3, state.model, {}, {}, state.clients, {}), tmp_path)
+    save(RunState(3, state.model, {}, {}, state.clients, {}, {}), tmp_path)
     assert load(tmp_path).round == 3  # type: ignore[union-attr]
 
 

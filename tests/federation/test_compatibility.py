@@ -39,7 +39,7 @@ def refusals(toys: Toys) -> list[tuple[dict[str, Any], str, str]]:
         ({"rule": Krum(20)}, r"f=20 needs n >= 2f\+3 = 43 updates for Krum, got n=30", "lower f"),
         ({"cohort": FixedSize(61)}, "the population has 60 clients", "at most 60"),
         ({"rule": MultiKrum(3), "plan": PLAN}, "no bounded sensitivity", "Mean"),
-        ({"plan": PLAN, "cohort": FixedSize(30)}, "the plan samples each client at 0.5", "leave the cohort out"),
+        ({"plan": PLAN, "cohort": FixedSize(30)}, "the plan draws clients by itself", "leave the cohort out"),
         ({"plan": DPPlan(1.0, 1.0, 0.5, 0.02)}, r"delta=0.02 >= 1/N", "delta below"),
         ({"plan": PLAN, "channel": CKKS(0.5, 60)}, "may have a coordinate of 1", "at least the clip"),
         ({"attack": SignFlip(4.0)}, "nobody to carry it out", "name malicious"),

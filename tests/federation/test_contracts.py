@@ -254,7 +254,7 @@ def test_more_nan_rows_than_f_skip_the_round(federation: Make, toys: Toys) -> No
 
 def test_an_empty_poisson_cohort(federation: Make) -> None:
     alone = federation(cohort=Poisson(1e-9))
-    _, record = play(alone, RunState(0, alone.learner.initial(), {}, {}, run_states(), {}))
+    _, record = play(alone, RunState(0, alone.learner.initial(), {}, {}, run_states(), {}, {}))
     assert record.sampled == 0 and "n >= 1" in record.skipped
     plan = DPPlan(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=1e-9, delta=1e-3)
     state, record = run(federation(plan=plan), 1)

@@ -257,7 +257,7 @@ def test_a_server_whose_own_update_is_not_finite_ends_the_run(federation):
         def initial(self):
             return made.learner.initial()
 
-        def train(self, model, batch, generators):
+        def train(self, model, batch, generators, privacy=None, active=None):
             trained = made.learner.train(model, batch, generators)
             return trained if len(batch) > 1 else replace(trained, rows=trained.rows * torch.nan)
 

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from privfm.adapters import AdapterLayout, FactorPair
 from privfm.attacks import SignFlip
 from privfm.checks import InvalidArgument
-from privfm.contracts import Examples, Learner, Metric, Split, Trained
+from privfm.contracts import Examples, GradientPrivacy, Learner, Metric, Split, Trained
 from privfm.defenses import DPPlan, Mean, MultiKrum, TrimmedMean
 from privfm.engines import Local
 from privfm.federation import (
@@ -55,7 +55,14 @@ class Pulled(Learner):
         PAIR.a(start)[:] = torch.randn(RANK, INPUTS, generator=Generator().manual_seed(7))
         return start
 
-    def train(self, model: Tensor, batch: Sequence[Examples], generators: Sequence[Generator]) -> Trained:
+    def train(
+        self,
+        model: Tensor,
+        batch: Sequence[Examples],
+        generators: Sequence[Generator],
+        privacy: GradientPrivacy | None = None,
+        active: Tensor | None = None,
+    ) -> Trained:
         base = model[self.d :].view(OUTPUTS, INPUTS) if len(model) > self.d else torch.zeros(OUTPUTS, INPUTS)
         rows = []
         for examples in batch:
@@ -141,6 +148,25 @@ def test_projection_keeps_the_rank_and_says_what_it_drops():
     assert steps[2].record.dropped_by_projection == pytest.approx(float(s[RANK:].norm() / change), rel=1e-3)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_two_sketches_find_what_the_products_themselves_give(exact):
+    """Rank r + 5 is all that weights of 5 outputs have: the first round is FlexLoRA's, then the gauges part."""
+    sketched, plain = (
+        list(rounds(federated(adapters=ProductGeometry(mode, exact=exact)), 3)) for mode in ("fedask", "flexlora")
+    )
+    torch.testing.assert_close(weight(sketched[0].state.model), weight(plain[0].state.model), rtol=1e-4, atol=1e-5)
+    assert sketched[0].record.dropped_by_projection == pytest.approx(plain[0].record.dropped_by_projection, abs=1e-6)
+    assert (sketched[2].record.base_change_norm is not None) == exact
+
+
+def test_a_narrow_sketch_loses_more_than_the_best_approximation():
+    lost = {}
+    for oversampling in (0, 5):
+        steps = list(rounds(federated(adapters=ProductGeometry("fedask", oversampling=oversampling)), 3))
+        lost[oversampling] = steps[1].record.dropped_by_projection
+    assert lost[0] > 1.01 * lost[5]
+
+
 def test_a_rule_sees_the_products_and_a_client_with_another_gauge_is_the_same_client():
     federation = federated(adapters=ProductGeometry(), rule=MultiKrum(f=2))
     plain = list(rounds(federation, 2))[-1].state.model
@@ -154,7 +180,14 @@ def test_a_rule_sees_the_products_and_a_client_with_another_gauge_is_the_same_cl
         def initial(self) -> Tensor:
             return Pulled().initial()
 
-        def train(self, model: Tensor, batch: Sequence[Examples], generators: Sequence[Generator]) -> Trained:
+        def train(
+            self,
+            model: Tensor,
+            batch: Sequence[Examples],
+            generators: Sequence[Generator],
+            privacy: GradientPrivacy | None = None,
+            active: Tensor | None = None,
+        ) -> Trained:
             rows = Pulled().train(model, batch, generators).rows.clone()
             for row, examples in zip(rows, batch, strict=True):
                 if int(examples.labels[0]) % 2:
@@ -182,8 +215,11 @@ def test_every_rule_and_server_optimizer_works_on_weights(optimizer, rule):
     assert all(len(value) == LAYOUT.d_weight for value in steps[-1].state.optimizer.values() if value.dim())
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    federation = federated(adapters=ProductGeometry("flora"), attack=SignFlip(3.0), malicious=(1, 4), rule=MultiKrum(3))
+@pytest.mark.parametrize("mode", ["flora", "fedask"])
+def test_a_resumed_run_equals_an_uninterrupted_one(mode, tmp_path):
+    federation = federated(
+        adapters=ProductGeometry(mode, oversampling=0), attack=SignFlip(3.0), malicious=(1, 4), rule=MultiKrum(3)
+    )
     whole = list(rounds(federation, 4))[-1].state.model
     save(list(rounds(federation, 2))[-1].state, tmp_path)
     assert torch.equal(list(rounds(federation, 4, load(tmp_path)))[-1].state.model, whole)
@@ -221,3 +257,5 @@ def test_a_model_without_adapters_is_refused(federation):
 def test_a_wrong_mode_is_refused_by_name():
     with pytest.raises(InvalidArgument, match="mode="):
         ProductGeometry("svd")
+    with pytest.raises(InvalidArgument, match="oversampling=-1"):
+        ProductGeometry("fedask", oversampling=-1)

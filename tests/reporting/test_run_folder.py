@@ -230,7 +230,7 @@ def test_export_fails_closed(told, tmp_path, visibility):
     """Whether unknown names raise or are called private: they stay behind, as do answers that are no visibility."""
     out = export_released(told, visibility, tmp_path / "out")
     exported = RunFolder(out)
-    assert names(out) == ["config.json", "env.json", "rounds.jsonl", "summary.json"]
+    assert names(out) == ["config.json", "env.json", "population.json", "rounds.jsonl", "summary.json"]
     assert exported.rows() == [{"round": 0, "utility": 0.5}]
     assert exported.config() == {"arm": "plain", "federation": {"rounds": 20}, "layers": [5]}
     assert exported.environment() == {"python": "3.11.7"}  # the command line names the seed
@@ -274,7 +274,7 @@ def test_export_overwrites_nothing(told, tmp_path):
 
 def test_an_unfinished_run_is_exported_without_summary(run, tmp_path):
     out = export_released(run, lambda name: "public", tmp_path / "out")
-    assert names(out) == ["config.json", "env.json", "rounds.jsonl"] and not RunFolder(out).finished
+    assert names(out) == ["config.json", "env.json", "population.json", "rounds.jsonl"] and not RunFolder(out).finished
 
 
 def test_the_environment_is_plain_and_repeatable(tmp_path):

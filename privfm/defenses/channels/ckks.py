@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privfm.checks import BrokenEnvelope, InvalidArgument, RoundFailed, at_least, positive, require
+from privfm.checks import BrokenEnvelope, InvalidArgument, RoundFailed, at_least, non_negative, positive, require
 from privfm.contracts import KEY_HOLDER, Channel, Exchange, Intake, Memory, Reveals, Update, View
 from privfm.defenses.channels.ckks_parameters import CKKSParameters
 from privfm.defenses.channels.envelope import SERVER, Header, fingerprint, seal, unseal
+from privfm.defenses.noise import secure_deviation, secure_release
 from privfm.defenses.views import SumView
 
 _OFF_GRID = 0.25  # steps; 32 standard deviations of the noise of a full sum
@@ -64,6 +65,10 @@ class CKKS(Channel):
       clients: most clients a sum may hold. Head-room is proved for it.
       bits: resolution of a coordinate, relative to `bound`. It sets the error: see `error_bound`.
       smallest_release: fewest clients whose sum the key holder decrypts.
+      noise_multiplier: the key holder adds Gaussian noise of deviation `noise_multiplier * sensitivity` to each
+        coordinate of the sum, from the operating system's generator and before anybody else sees it. A privacy plan
+        sets it.
+      sensitivity: largest L2 norm of a row under that plan.
 
     Source: Cheon, Kim, Kim, Song, "Homomorphic encryption for arithmetic of approximate numbers", 2017; TenSEAL.
     """
@@ -72,12 +77,16 @@ class CKKS(Channel):
     clients: int
     bits: int = 31
     smallest_release: int = 2
+    noise_multiplier: float = 0.0
+    sensitivity: float = 1.0
     reveals = Reveals.SUM
     client_stages = ("update",)
     key_holder_stages = ("keys", "decrypt")
 
     def __post_init__(self) -> None:
         positive("bound", self.bound)
+        non_negative("noise_multiplier", self.noise_multiplier)
+        positive("sensitivity", self.sensitivity)
         at_least("smallest_release", self.smallest_release, 2)  # the sum of one is its row
         at_least("clients", self.clients, self.smallest_release)
         _ = self.parameters  # refuses what no ring holds
@@ -85,6 +94,17 @@ class CKKS(Channel):
     @property
     def most_clients(self) -> int | None:
         return self.clients
+
+    @property
+    def grid(self) -> float | None:
+        return self.step
+
+    @property
+    def noises(self) -> bool:
+        return True
+
+    def with_noise(self, noise_multiplier: float, sensitivity: float) -> CKKS:
+        return replace(self, noise_multiplier=noise_multiplier, sensitivity=sensitivity)
 
     @property
     def largest_coordinate(self) -> float | None:
@@ -136,7 +156,7 @@ class CKKS(Channel):
         keys = _only(exchange, "keys", b"")
         head, context = self._open_keys(keys)
         running = _Running(context, self.parameters, intake.width)
-        ids, bad = self._add_all(running, head, exchange("update", dict.fromkeys(cohort, keys)))
+        ids, bad = self._add_all(running, head, exchange("update", dict.fromkeys(cohort, keys)), intake.least_answers)
 
         def total() -> Tensor:
             if not ids:
@@ -145,11 +165,13 @@ class CKKS(Channel):
             asked = replace(whole, stage="sum", party=SERVER)
             answer, parts = unseal(_only(exchange, "decrypt", seal(asked, running.serialized())))
             answer.require(replace(whole, stage="decrypt", parts=1))
-            return intake.total(self._opened(parts[0], intake.width))
+            return intake.total(self._opened(parts[0], intake.width)).float()
 
         return SumView(total, tuple(sorted(ids)), intake.d, bad)
 
-    def _add_all(self, running: _Running, head: Header, replies: Iterator[tuple[int, bytes]]) -> tuple[list[int], int]:
+    def _add_all(
+        self, running: _Running, head: Header, replies: Iterator[tuple[int, bytes]], least_answers: int
+    ) -> tuple[list[int], int]:
         """Adds what is whole and fits -> the clients in the sum, and how many were left out.
 
         Raises:
@@ -171,6 +193,8 @@ class CKKS(Channel):
                 broken += 1
         if refused and not ids:
             raise RoundFailed(f"bound={self.bound}: the rows of {refused} clients lie beyond; raise bound or clip")
+        if len(ids) < least_answers:
+            raise RoundFailed(f"least_answers={least_answers}: {len(ids)} client(s) answered; their sum stays closed")
         if ids and len(ids) < self.smallest_release:
             raise RoundFailed(f"smallest_release={self.smallest_release}: only {len(ids)} client(s) answered")
         return ids, broken + refused
@@ -212,12 +236,21 @@ class CKKS(Channel):
         distance, largest = np.abs(exact - whole).max(), np.abs(whole).max()
         if not (distance <= _OFF_GRID and largest <= n * 2.0**self.bits):
             raise RoundFailed("the sum is not whole steps within the bound: another key, or a malicious client")
+        whole = self._noisy(whole)
         return seal(replace(header, stage="decrypt", party=KEY_HOLDER, parts=1), [whole.astype("<i8").tobytes()])
+
+    def _noisy(self, whole: NDArray[np.float64]) -> NDArray[np.float64]:
+        """The sum in steps with the plan's noise: whole steps too, and exact in float64."""
+        if self.noise_multiplier == 0:
+            return whole
+        deviation = secure_deviation(self.noise_multiplier, self.sensitivity / self.step, len(whole))  # in steps
+        noisy: NDArray[np.float64] = secure_release(torch.from_numpy(whole), deviation).round().numpy()
+        return noisy
 
     def _opened(self, values: bytes, width: int) -> Tensor:
         if len(values) != 8 * width:
             raise BrokenEnvelope(f"a sum of {len(values)} bytes, expected 8 for each of {width} numbers")
-        return torch.from_numpy(np.frombuffer(values, "<i8") * self.step).float()
+        return torch.from_numpy(np.frombuffer(values, "<i8") * self.step)
 
     def _open_keys(self, message: bytes) -> tuple[Header, Any]:
         """Checks the key holder's message -> its header and the public context."""

@@ -221,7 +221,9 @@ def test_the_sum_is_released_once(wire, gaussian, intake):
 
 
 def test_repr_is_the_configuration_and_nothing_else():
-    assert repr(CHANNEL) == "CKKS(bound=1.0, clients=8, bits=31, smallest_release=2)"
+    assert repr(CHANNEL) == (
+        "CKKS(bound=1.0, clients=8, bits=31, smallest_release=2, noise_multiplier=0.0, sensitivity=1.0)"
+    )
 
 
 def test_too_few_clients_fail_the_round(wire, gaussian, intake):
