@@ -26,6 +26,7 @@ from privfm.contracts.inputs import Updates, open_updates
 from privfm.contracts.learning import (
     SPLITS,
     WORST_CLIENTS,
+    Adapter,
     BuiltModel,
     Clients,
     DataSource,
@@ -51,6 +52,7 @@ __all__ = [
     "ROOT",
     "SPLITS",
     "WORST_CLIENTS",
+    "Adapter",
     "Attack",
     "AttackSchedule",
     "BuiltModel",

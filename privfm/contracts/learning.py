@@ -183,6 +183,26 @@ class Sampling(ABC):
         """Probability that a round draws more than f of the `malicious` clients among `population`."""
 
 
+class Adapter(ABC):
+    """What is trained of a model that is otherwise frozen."""
+
+    @abstractmethod
+    def applied(self, module: nn.Module, heads: Sequence[str], task_type: str | None) -> nn.Module:
+        """Marks what is trained: only that, and the heads, requires gradients afterwards.
+
+        Args:
+          module: a pretrained model; changed in place.
+          heads: names of its parts that are made for the labels at hand, trained whole.
+          task_type: PEFT's name of what the model does, for its own classes; None: it needs none.
+
+        Returns:
+          What is called from now on: the module, or PEFT's model around it.
+
+        Raises:
+          InvalidArgument: the model has nothing that this adapter could train.
+        """
+
+
 class ModelSource(ABC):
     """Which model is trained, and which part of it."""
 

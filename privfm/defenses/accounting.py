@@ -43,6 +43,11 @@ PLD_LIMIT = 100.0
 """Above this RDP epsilon the PLD accountant takes minutes (36 s at 634, measured) for a number nobody can use."""
 
 
+PLD_INTERVAL = 5e-4
+"""Discretisation of privacy losses. The result is an upper bound at any: at the library's 1e-4 it is lower by less than
+2e-4 for all plans of its oracles, and takes five times as long."""
+
+
 @final
 @dataclass(frozen=True)
 class SampledGaussian:
@@ -145,6 +150,7 @@ def account(mechanism: Mechanism, times: int, delta: float) -> tuple[float, str]
     return float(compute_epsilon(list(mechanism.orders), curve, delta)[0]), f"RDP, {_library()}"
 
 
+@lru_cache(maxsize=4096)
 def loose(mechanism: SampledGaussian, times: int, delta: float) -> float:
     """A fast upper bound of the epsilon of Poisson sampling under zero-out."""
     return _rdp(event(mechanism, times), "zero-out", delta)
@@ -164,11 +170,13 @@ def _gaussian(mechanism: SampledGaussian, times: int, delta: float) -> tuple[flo
         return _least((epsilon, f"RDP, {_library()}"), _gaussian(mechanism.alone, times, delta))
     replaced = mechanism.relation == "replace-one"
     guard = loose(SampledGaussian(noise / (1 + replaced), mechanism.sample_rate, "poisson"), times, delta)
-    if guard <= PLD_LIMIT:
-        return _pld(event(mechanism, times), mechanism.relation, delta), f"PLD, {_library()}"
-    if replaced:  # dp-accounting's RDP knows no Poisson sampling of replaced units
-        return _gaussian(mechanism.alone, times, delta)
-    return guard, f"RDP, orders 2 to 256, {_library()}"
+    bound = _gaussian(mechanism.alone, times, delta)
+    if not replaced:  # dp-accounting's RDP knows no Poisson sampling of replaced units
+        bound = _least((guard, f"RDP, orders 2 to 256, {_library()}"), bound)
+    if guard > PLD_LIMIT:
+        return bound
+    # PLD rounds: after a million rounds it may lie above the others, and below a delta of 1e-14 it is infinite.
+    return _least((_pld(event(mechanism, times), mechanism.relation, delta), f"PLD, {_library()}"), bound)
 
 
 def _least(first: tuple[float, str], second: tuple[float, str]) -> tuple[float, str]:
@@ -185,7 +193,8 @@ def _rdp(event: Any, relation: Relation, delta: float, orders: tuple[int, ...] =
 def _pld(event: Any, relation: Relation, delta: float) -> float:
     from dp_accounting.pld import PLDAccountant
 
-    return float(PLDAccountant(neighboring_relation=_relation(relation)).compose(event).get_epsilon(delta))
+    accountant = PLDAccountant(_relation(relation), PLD_INTERVAL)
+    return float(accountant.compose(event).get_epsilon(delta))
 
 
 def _relation(relation: Relation) -> Any:

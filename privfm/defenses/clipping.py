@@ -17,6 +17,11 @@ MARGIN = 2.0**-20
 """Rows are cut a millionth short of the bound, so that float32 rounding cannot end beyond it."""
 
 
+def margin(dtype: torch.dtype) -> float:
+    """How much short of the bound: the factor and each product are rounded by half a last place at most."""
+    return max(MARGIN, 2 * torch.finfo(dtype).eps)
+
+
 def norms(rows: Tensor) -> Tensor:
     """L2 norms `(k, 1)` in float64, without a float64 copy of the rows."""
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
@@ -26,7 +31,7 @@ def norms(rows: Tensor) -> Tensor:
 def within(rows: Tensor, bound: float) -> Tensor:
     """Rows scaled down to `bound` where they are longer; what is not finite, or too long for a number, is zero."""
     lengths = norms(rows)
-    factor = torch.where(lengths > bound, bound * (1 - MARGIN) / lengths, torch.ones_like(lengths))
+    factor = torch.where(lengths > bound, bound * (1 - margin(rows.dtype)) / lengths, torch.ones_like(lengths))
     usable = finite(rows)[:, None] & lengths.isfinite()
     return torch.where(usable, rows * factor.to(rows.dtype), torch.zeros((), dtype=rows.dtype, device=rows.device))
 
@@ -95,7 +100,7 @@ class Automatic(Clipping):
         positive("gamma", self.gamma)
 
     def clip(self, rows: Tensor, bound: float, layers: Spans) -> Tensor:
-        factor = bound * (1 - MARGIN) / (norms(rows) + self.gamma)
+        factor = bound * (1 - margin(rows.dtype)) / (norms(rows) + self.gamma)
         scaled = rows * factor.to(rows.dtype)
         return torch.where(finite(rows)[:, None], scaled, torch.zeros_like(scaled))
 
@@ -144,6 +149,8 @@ class AdaptiveQuantile(Clipping):
         Raises:
           InvalidArgument: the count is to be less noisy than the whole budget allows.
         """
+        if noise_multiplier == 0:
+            return 1.0  # the count is exact at any weight
         count = cohort / 20 if self.count_deviation is None else self.count_deviation
         spare = 4 * count**2 - noise_multiplier**2
         require(

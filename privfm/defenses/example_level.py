@@ -8,13 +8,14 @@ from itertools import pairwise
 from math import ceil
 from typing import final
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from privfm.checks import at_least, non_negative, require
 from privfm.contracts import Clipping, GradientPrivacy, Spans
 from privfm.defenses.gaussian_noise import noised
-from privfm.defenses.noise import NoiseSource
+from privfm.defenses.noise import NoiseSource, words
 
 LARGEST_CLASSES = 16
 """Classes of sizes that get noise of their own: each costs a calibration of some seconds."""
@@ -85,7 +86,8 @@ class ExamplePrivacy(GradientPrivacy):
     """DP-SGD inside one client.
 
     Formal guarantee: each step is the Gaussian mechanism on a Poisson sample of the client's examples; what leaves the
-    client is made from noised sums alone.
+    client is made from noised sums alone. Sampling amplifies only against those who do not know the batches: with
+    secure noise they come from the operating system too.
 
     Args:
       clipping: how a gradient is shortened.
@@ -93,7 +95,7 @@ class ExamplePrivacy(GradientPrivacy):
       noise_multiplier: deviation of the noise over the bound, for clients without their own.
       local: batches, steps and noise by size.
       layers: columns of each layer.
-      source: where noise comes from.
+      source: where noise and batches come from.
 
     Source: Abadi et al., "Deep learning with differential privacy", 2016, algorithm 1.
     """
@@ -108,7 +110,13 @@ class ExamplePrivacy(GradientPrivacy):
     def batches(self, examples: int, generator: Generator) -> Iterator[Tensor]:
         rate = self.local.rate(examples)
         for _ in range(self.local.steps(examples)):
-            yield (torch.rand(examples, generator=generator, dtype=torch.float64) < rate).nonzero()[:, 0]
+            yield (self._uniform(examples, generator) < rate).nonzero()[:, 0]
+
+    def _uniform(self, count: int, generator: Generator) -> Tensor:
+        """Numbers in [0, 1), `(count,)` float64, from where the noise comes from."""
+        if self.source == "seeded":
+            return torch.rand(count, generator=generator, dtype=torch.float64)
+        return torch.from_numpy((words("secure")(count) >> np.uint64(11)) * 2.0**-53)
 
     def clip(self, gradients: Tensor) -> Tensor:
         return self.clipping.clip(gradients, self.max_grad_norm, self.layers)

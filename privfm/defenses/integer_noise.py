@@ -11,6 +11,7 @@ from privfm.checks import at_least, one_of, require
 from privfm.contracts import Channel
 from privfm.defenses.accounting import RDP_ORDERS, Concentrated, Mechanism, RenyiCurve
 from privfm.defenses.distributed import (
+    SMALLEST_SHARE,
     WRAP_TARGET,
     DistributedNoise,
     rounding_bound,
@@ -78,6 +79,10 @@ class IntegerNoise:
         bound_l1, variance = min(sqrt(d) * bound, bound**2), self.honest * share**2
         curve = tuple(skellam_rdp(order, bound, bound_l1, variance) for order in RDP_ORDERS)
         return RenyiCurve(f"Skellam(variance={variance:.6g}, D={bound:.6g}, D1={bound_l1:.6g})", RDP_ORDERS, curve)
+
+    def least_noise_multiplier(self, d: int) -> float:
+        """Below it, shares are too small for the grid."""
+        return SMALLEST_SHARE * sqrt(self.honest) / rounding_bound(self.resolution, d) * (1 + 1e-9)
 
     def codec(self, noise_multiplier: float, max_grad_norm: float, source: NoiseSource) -> DistributedNoise:
         """The wire format: rounding to the grid, this client's share, the modulus."""

@@ -297,7 +297,9 @@ class DPPlan:
             return replace(self, noise_multiplier=noise).epsilon(rounds, examples=examples, d=d)
 
         low, high = 0.05, 1e5
-        _, mechanism, times = replace(self, noise_multiplier=1.0)._mechanisms(rounds, min(examples, default=None), d)[0]
+        if self.integers is not None:
+            low = max(low, self.integers.least_noise_multiplier(d or 1))
+        _, mechanism, times = replace(self, noise_multiplier=max(low, 1.0))._mechanisms(rounds, min(examples, default=None), d)[0]
         if (
             isinstance(mechanism, SampledGaussian)
             and mechanism.sample_rate < 1
@@ -481,11 +483,11 @@ class DPPlan:
 
     def _rough(self, mechanism: Mechanism, times: int) -> float:
         """A fast upper bound."""
-        fast = isinstance(mechanism, SampledGaussian) and mechanism.sample_rate < 1 and mechanism.noise_multiplier > 0
-        if not fast or times == 0 or mechanism.relation == "replace-one":  # type: ignore[union-attr]
-            alone = mechanism.alone if isinstance(mechanism, SampledGaussian) else mechanism
-            return account(alone, times, self.delta)[0]
-        return loose(mechanism, times, self.delta)  # type: ignore[arg-type]
+        if isinstance(mechanism, SampledGaussian):
+            if mechanism.poisson and mechanism.relation != "replace-one" and mechanism.noise_multiplier > 0:
+                return loose(mechanism, times, self.delta) if times else 0.0
+            mechanism = mechanism.alone
+        return account(mechanism, times, self.delta)[0]
 
     def _statement(
         self, after: int, adversary: Adversary, mechanism: Mechanism, times: int, accounted: tuple[float, str]

@@ -13,7 +13,7 @@ from privfm.checks import at_least, non_negative, positive
 from privfm.contracts import Outcome, Reveals, Rule, State, View
 from privfm.defenses.clipping import AdaptiveQuantile
 from privfm.defenses.correlated_noise import coefficients
-from privfm.defenses.gaussian_noise import noised
+from privfm.defenses.gaussian_noise import noised, on_grid
 from privfm.defenses.noise import NoiseSource
 
 BOUND = "bound"
@@ -67,7 +67,7 @@ class GaussianRelease(Rule):
         return 0
 
     def init(self, d: int) -> State:
-        return {"noise": torch.zeros(self.bands - 1, d)} if self.bands > 1 else {}
+        return {"noise": torch.zeros(self.bands - 1, d, dtype=torch.float64)} if self.bands > 1 else {}
 
     def step(self, state: State, view: View, generator: Generator) -> tuple[State, Outcome]:
         total = _total(view)
@@ -77,9 +77,10 @@ class GaussianRelease(Rule):
             noisy = self._noised(total, generator, view.n)
         else:
             earlier = state["noise"]  # the latest first
-            fresh = self._noised(torch.zeros_like(total), generator, view.n)
-            noise = fresh - torch.tensor(coefficients(self.bands)[1:], dtype=fresh.dtype) @ earlier.to(fresh)
-            noisy, state = total + noise, {"noise": torch.cat([noise[None].to(earlier), earlier[:-1]])}
+            fresh = self._noised(torch.zeros_like(total), generator, view.n).double()
+            noise = fresh - torch.tensor(coefficients(self.bands)[1:], dtype=torch.float64) @ earlier.to(fresh)
+            noisy = on_grid(total, self.noise_multiplier, self.sensitivity, self.source, view.n) + noise
+            state = {"noise": torch.cat([noise[None].to(earlier), earlier[:-1]])}
         if self.active is not None:
             noisy = torch.where(self.active, noisy, torch.zeros_like(noisy))
         return state, Outcome((noisy / self.denominator).to(total), _weights(view, self.denominator))

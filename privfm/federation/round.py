@@ -348,6 +348,8 @@ class Way:
             rows = rows * plan.weights([len(federation.clients.examples(client)) for client in ids])[:, None]
         if honest and plan.place == "local":
             rows = plan.own_noise(rows, federation.seeds.clients("own noise", self._state.round, ids))
+            if self._active is not None:  # what is not trained in this round is zero for everybody, and stays so
+                rows = rows.masked_fill(~self._active.to(rows.device), 0.0)
         return self._rule.marked(rows, self._state.rule) if isinstance(self._rule, QuantileRelease) else rows
 
     def _imagined(self, rows: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Data, models, tasks and local training. Knows nothing of federation, defenses or attacks."""
 
+from privfm.learning.adapter_kinds import IA3, BitFit, LoRA, PromptTuning
 from privfm.learning.docstrings import Docstrings
 from privfm.learning.learner import ModelLearner, Workbench
 from privfm.learning.models import (
     CausalLanguageModel,
-    LoRA,
     MeanPooledClassifier,
     PlainCNN,
     SequenceClassifier,
@@ -19,6 +19,9 @@ from privfm.learning.tasks import CausalLM, ImageClassification, SequenceClassif
 from privfm.learning.training import SGD, AdamW, OwnTraining, Schedule
 
 __all__ = [
+    "IA3",
+    "BitFit",
+    "PromptTuning",
     "IID",
     "SGD",
     "AdamW",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Generator, Tensor, nn
 
 from privfm.adapters import AdapterLayout, scalings
-from privfm.checks import InvalidArgument, first_line, require
+from privfm.checks import InvalidArgument, at_least, first_line, one_of, require
 from privfm.contracts import (
     WORST_CLIENTS,
     BuiltModel,
@@ -20,13 +21,18 @@ from privfm.contracts import (
     Learner,
     LocalTraining,
     Metric,
+    Spans,
     Split,
     Table,
     Task,
     Trained,
 )
+from privfm.learning.batched import BatchedDescent, prepared
 from privfm.learning.one_step import OneStep
+from privfm.learning.per_example import problems_for
+from privfm.learning.private_steps import MatrixSteps
 from privfm.learning.tasks import IGNORED, CausalLM
+from privfm.learning.training import Descent
 from privfm.learning.trunk import Activations, Trunk, content_digest, first_example, first_trained, on_device, trimmed
 from privfm.randomness import seeded
 from privfm.vectors import Layout
@@ -47,6 +53,8 @@ class Workbench:
     Attributes:
       everything: all examples of the table, in order.
       initial: the model before any training, `(d,)`.
+      first: the lowest block with a trained parameter.
+      width: tokens of the longest example; of an image, the tokens its blocks see (0 without blocks).
     """
 
     def __init__(
@@ -65,7 +73,8 @@ class Workbench:
         self.initial = self.layout.flatten(self.parameters).cpu()
         self._try_one()
         self.trunk: Trunk | None = None
-        first = first_trained(built.layers)
+        self.width = _tokens(self)
+        first = self.first = first_trained(built.layers)
         trunk = Trunk(self.module, built.layers, first) if first > 0 else None
         if trunk is not None and trunk.trained_below(self.everything, self.device):
             trunk.remove()
@@ -160,6 +169,14 @@ class ModelLearner(Learner):
       label_mix: `(clients, labels)` examples of each label at each client, for the worst-decile client; None: not
         reported.
       batch_size: examples evaluated at once.
+      engine: `batched` trains clients together wherever model and training allow it; `sequential` one by one.
+      tokens: real tokens a pass of the batched engine; None: its own choice for the device.
+      autocast: type in which the model is computed during training (`torch.bfloat16`); weights, clipping and noise stay
+        float32, in the batched engine also the trained layers' arithmetic. Evaluation, and somebody's own training
+        loop, do not use it.
+
+    Attributes:
+      engine_note: which engine is used, and why; also how the last batch fell back to one client after the other.
     """
 
     def __init__(
@@ -169,9 +186,29 @@ class ModelLearner(Learner):
         training: LocalTraining,
         label_mix: Tensor | None = None,
         batch_size: int = 64,
+        *,
+        engine: Literal["batched", "sequential"] = "sequential",
+        tokens: int | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
+        one_of("engine", engine, ("batched", "sequential"))
+        if tokens is not None:
+            at_least("tokens", tokens, 1)
         self.bench, self.splits, self.training, self.label_mix = bench, splits, training, label_mix
-        self._batch_size = batch_size
+        self._batch_size, self._autocast = batch_size, autocast
+        self._batched: BatchedDescent | None = None
+        self.engine_note = "sequential: as asked"
+        if engine == "batched":
+            self._batched, self.engine_note = self._engine(tokens)
+
+    def _engine(self, tokens: int | None) -> tuple[BatchedDescent | None, str]:
+        """The batched engine, or why there is none."""
+        if not isinstance(self.training, Descent):
+            return None, f"sequential: {type(self.training).__name__} does not take its steps on matrices"
+        try:
+            return prepared(self.bench, tokens, autocast=self._autocast), "batched"
+        except InvalidArgument as reason:
+            return None, f"sequential: {reason}"
 
     @property
     def d(self) -> int:
@@ -181,12 +218,23 @@ class ModelLearner(Learner):
     def adapters(self) -> AdapterLayout | None:
         return self.bench.adapters
 
+    @property
+    def layers(self) -> Spans:
+        ends = list(accumulate(self.bench.layout.sizes))
+        return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
     def initial(self) -> Tensor:
         return self.bench.initial.clone()
 
     def labels(self, split: Split) -> Tensor:
         """Labels of a split."""
         return self.bench.everything.labels[self.splits[split]]
+
+    def refuses_private_gradients(self) -> str:
+        if not isinstance(self.training, Descent):
+            kind = type(self.training).__name__
+            return f"{kind} does not show its steps, so that no example's gradient can be clipped; use SGD or AdamW"
+        return "; ".join(problems_for(self.bench.module))
 
     def train(
         self,
@@ -197,29 +245,100 @@ class ModelLearner(Learner):
         active: Tensor | None = None,
     ) -> Trained:
         bench = self.bench
-        rows = torch.full((len(batch), self.d), torch.nan)
-        failed: dict[int, str] = {}
+        refusal = "" if privacy is None else self.refuses_private_gradients()
+        require(not refusal, f"no private gradients: {refusal}")
+        require(
+            active is None or (active.shape == (self.d,) and active.dtype == torch.bool),
+            f"active: expected ({self.d},) bool, as long as what is trained",
+        )
         bench.load(model)  # may change what is frozen, once
         frozen = bench.frozen_versions()
-        for place, (examples, generator) in enumerate(zip(batch, generators, strict=True)):
-            module = bench.load(model)
-            try:
-                with seeded(generator):
-                    if isinstance(self.training, OneStep):  # nothing to take the model off from
-                        step = self.training.update(module, bench.parameters, bench.losses, examples, generator)
-                        rows[place] = bench.layout.flatten(step).cpu()
-                    else:
-                        trained = self.training.run(module, bench.parameters, bench.losses, examples, generator)
-                        rows[place] = self._vector(trained) - model[: self.d]
-            except Exception as reason:  # whatever a client's own code raises is this client's loss, not the round's
-                failed[place] = f"{type(reason).__name__}: {reason}"
+        trained = self._together(model, batch, generators, privacy, active)
+        if trained is None:
+            trained = self._one_by_one(model, batch, generators, privacy, active)
         changed = [name for name, version in bench.frozen_versions().items() if version != frozen.get(name)]
         require(
             not changed,
             f"local training changed {', '.join(changed[:3])}, which no update carries: later clients would train "
             "another model; freeze it, or make it part of what is trained",
         )
+        return trained
+
+    def _together(
+        self, model: Tensor, batch: Sequence[Examples], generators: Sequence[Generator],
+        privacy: GradientPrivacy | None, active: Tensor | None,
+    ) -> Trained | None:  # fmt: skip
+        """All clients through the batched engine; None without one, or if anybody's training raises."""
+        if self._batched is None or not isinstance(self.training, Descent):
+            return None
+        states = [generator.get_state() for generator in generators]
+        try:
+            rows = self._batched.train(
+                model[: self.d], batch, generators, self.training, privacy=privacy, active=active
+            )
+        except Exception as reason:  # one client's data must not be everybody's loss: each begins anew, alone
+            self.engine_note = f"batched, but sequential after a {type(reason).__name__} in a batch of clients"
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+            return None
+        return Trained(rows, {})
+
+    def _one_by_one(
+        self, model: Tensor, batch: Sequence[Examples], generators: Sequence[Generator],
+        privacy: GradientPrivacy | None, active: Tensor | None,
+    ) -> Trained:  # fmt: skip
+        rows = torch.full((len(batch), self.d), torch.nan)
+        failed: dict[int, str] = {}
+        frozen_parts = self._frozen_by(active, privacy)
+        for place, (examples, generator) in enumerate(zip(batch, generators, strict=True)):
+            self.bench.load(model)
+            try:
+                with seeded(generator), _frozen(frozen_parts):
+                    rows[place] = self._update(model, examples, generator, privacy, active)
+            except Exception as reason:  # whatever a client's own code raises is this client's loss, not the round's
+                failed[place] = f"{type(reason).__name__}: {reason}"
         return Trained(rows, failed)
+
+    def _update(
+        self, model: Tensor, examples: Examples, generator: Generator,
+        privacy: GradientPrivacy | None, active: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """One client's update from the loaded model, `(d,)`."""
+        bench, training, module = self.bench, self.training, self.bench.module
+        if isinstance(training, OneStep):  # nothing to take the model off from
+            step = bench.layout.flatten(
+                training.update(module, bench.parameters, self._losses, examples, generator)
+            ).cpu()
+            return step if active is None else step.masked_fill(~active, 0.0)
+        if isinstance(training, Descent) and (privacy is not None or active is not None):
+            steps = MatrixSteps(module, bench.parameters, self._losses, bench.layout, active)
+            return steps.run(training, examples, generator, privacy).cpu() - model[: self.d]
+        own = {name: p for name, p in bench.parameters.items() if p.requires_grad}
+        trained = training.run(module, own, self._losses, examples, generator)
+        update = self._vector(trained) - model[: self.d]
+        return update if active is None else update.masked_fill(~active, 0.0)
+
+    def _frozen_by(self, active: Tensor | None, privacy: GradientPrivacy | None) -> list[nn.Parameter]:
+        """What a training of unknown steps must find frozen where not everything is active."""
+        if active is None or isinstance(self.training, Descent | OneStep):
+            return []
+        layout = self.bench.layout
+        parts = dict(zip(layout.names, torch.split(active, list(layout.sizes)), strict=True))
+        split = [name for name, part in parts.items() if bool(part.any()) and not bool(part.all())]
+        require(
+            not split,
+            f"active: {', '.join(split[:3])} is trained in part; {type(self.training).__name__} freezes whole tensors, "
+            "use SGD or AdamW",
+        )
+        return [self.bench.parameters[name] for name, part in parts.items() if not bool(part.any())]
+
+    def _losses(self, examples: Examples) -> Tensor:
+        """Loss of every example, `(b,)`, with what is frozen in the chosen type."""
+        if self._autocast is None:
+            return self.bench.losses(examples)
+        # A context for every call: while one lasts, it keeps weights as it first cast them, whatever steps change.
+        with torch.autocast(self.bench.device.type, self._autocast):
+            return self.bench.losses(examples)
 
     def evaluate(self, model: Tensor, split: Split) -> dict[str, Metric]:
         rows = self.splits[split]
@@ -267,6 +386,39 @@ class ModelLearner(Learner):
         clients = (mix[known] @ by_label) / mix[known].sum(1)
         worst = clients.sort().values[: max(1, len(clients) // 10)]
         return Metric(float(worst.mean()), len(worst), True, "share")
+
+
+@contextmanager
+def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """These parameters require no gradients for the while."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _tokens(bench: Workbench) -> int:
+    """Tokens of the longest example, or as many as the blocks see of the first."""
+    mask = bench.everything.inputs.get("attention_mask")
+    if mask is not None:
+        return int(mask.sum(1).max())
+    if not bench.built.layers:
+        return 0
+    seen: list[int] = []
+
+    def watch(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        seen.extend(tensor.shape[1] for tensor in given[:1])
+
+    hook = bench.built.layers[0].register_forward_pre_hook(watch)
+    try:
+        with torch.no_grad():
+            bench.module(**on_device(first_example(bench.everything).inputs, bench.device))
+    finally:
+        hook.remove()
+    return max(seen, default=0)
 
 
 def _adapters(module: nn.Module, layout: Layout) -> AdapterLayout | None:

@@ -8,41 +8,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
-from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Generator, Tensor, nn
 
-from privfm.checks import InvalidArgument, at_least, first_line, one_of, positive, require
-from privfm.contracts import BuiltModel, ModelSource
+from privfm.checks import InvalidArgument, at_least, first_line, one_of, require
+from privfm.contracts import Adapter, BuiltModel, ModelSource
+from privfm.learning.adapter_kinds import LoRA, applied
 from privfm.learning.trunk import block_stack
 from privfm.randomness import seeded
-
-
-@final
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adapters on named modules; what is trained beside the head.
-
-    Args:
-      rank: of each adapter.
-      alpha: the adapter's output is scaled by alpha / rank.
-      modules: ends of the names of the linear modules that get an adapter, as in PEFT's `target_modules`.
-      layers: blocks that get adapters, counted from the bottom; None: all of them. What lies below the first one is
-        computed once per example.
-
-    Source: Hu et al., "LoRA: low-rank adaptation of large language models", 2022, section 4.1.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    modules: tuple[str, ...] = ("query", "value")
-    layers: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        at_least("rank", self.rank, 1)
-        positive("alpha", self.alpha)
-        require(len(self.modules) > 0, "modules=(): LoRA needs the name of at least one module")
 
 
 class MeanPooledClassifier(nn.Module):
@@ -66,9 +40,15 @@ class MeanPooledClassifier(nn.Module):
 
         return cls(_pretrained(AutoModel, name), num_labels)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **others: Tensor) -> Tensor:
-        """`(b, T)` tokens and mask -> logits `(b, num_labels)`."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **others).last_hidden_state
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, by the name that transformers give it; PEFT asks."""
+        return self.classifier.weight.device
+
+    def forward(self, attention_mask: Tensor, input_ids: Tensor | None = None, **others: Tensor | None) -> Tensor:
+        """`(b, T)` tokens (or `inputs_embeds (b, T, h)`) and mask -> logits `(b, num_labels)`."""
+        given = {name: value for name, value in others.items() if value is not None}  # PEFT names what it does not use
+        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **given).last_hidden_state
         weights = attention_mask[..., None].to(hidden.dtype)
         mean = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
         logits: Tensor = self.classifier(mean)
@@ -89,7 +69,7 @@ class SequenceClassifier(ModelSource):
 
     name: str = "minilm"
     pooling: Literal["mean", "model"] = "mean"
-    adapter: LoRA | None = LoRA()
+    adapter: Adapter | None = LoRA()
     max_length: int = 64
 
     def __post_init__(self) -> None:
@@ -106,7 +86,7 @@ class SequenceClassifier(ModelSource):
             else:
                 module = _pretrained(AutoModelForSequenceClassification, self.name, num_labels=len(label_names))
                 module.config.pad_token_id = tokenizer.pad_token_id
-            module = _with_adapter(module, self.adapter, _heads(module), "SEQ_CLS" if self.pooling == "model" else None)
+            module = applied(self.adapter, module, _heads(module), "SEQ_CLS" if self.pooling == "model" else None)
         return _built(module, _tokenize(tokenizer, self.max_length))
 
 
@@ -122,7 +102,7 @@ class CausalLanguageModel(ModelSource):
     """
 
     name: str
-    adapter: LoRA | None = LoRA(modules=("q_proj", "v_proj"))
+    adapter: Adapter | None = LoRA(modules=("q_proj", "v_proj"))
     max_length: int = 128
 
     def __post_init__(self) -> None:
@@ -137,7 +117,7 @@ class CausalLanguageModel(ModelSource):
             module.config.use_cache = False
             _refuse_encoder(module, self.name)
             if self.adapter is not None:
-                module = _with_adapter(module, self.adapter, (), "CAUSAL_LM")
+                module = applied(self.adapter, module, (), "CAUSAL_LM")
         return _built(module, _tokenize(tokenizer, self.max_length))
 
 
@@ -257,7 +237,7 @@ class VisionTransformer(ModelSource):
     hidden: int = 64
     depth: int = 4
     heads: int = 4
-    adapter: LoRA | None = None
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         require(self.size % self.patch == 0, f"size={self.size} is not a multiple of patch={self.patch}")
@@ -280,7 +260,7 @@ class VisionTransformer(ModelSource):
                     )
                 )  # fmt: skip
             if self.adapter is not None:
-                module = _with_adapter(module, self.adapter, _heads(module), None)
+                module = applied(self.adapter, module, _heads(module), None)
         return _built(module, None)
 
 
@@ -389,37 +369,6 @@ def _refuse_encoder(module: nn.Module, name: str) -> None:
 def _heads(module: nn.Module) -> tuple[str, ...]:
     """Names of the parts of a model that are made for the labels at hand."""
     return tuple(name for name in ("classifier", "score", "classification_head") if hasattr(module, name))
-
-
-def _with_adapter(module: nn.Module, adapter: LoRA | None, heads: tuple[str, ...], task_type: str | None) -> nn.Module:
-    """Freezes everything but the adapters and the heads."""
-    if adapter is None:
-        for name, parameter in module.named_parameters():
-            parameter.requires_grad_(name.split(".")[0] in heads)
-        return module
-    from peft import LoraConfig, get_peft_model
-
-    ends = {name.rsplit(".", 1)[-1] for name, part in module.named_modules() if isinstance(part, nn.Linear)}
-    for wanted in adapter.modules:
-        require(
-            any(name == wanted or name.endswith(f".{wanted}") for name, _ in module.named_modules()),
-            f"modules: the model has no {wanted!r}; its linear modules are {', '.join(sorted(ends))}",
-        )
-    blocks = len(block_stack(module))
-    for layer in adapter.layers or ():
-        require(0 <= layer < blocks, f"layers={adapter.layers}: the model has blocks 0 to {blocks - 1}")
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT divides it, a float does
-        target_modules=list(adapter.modules),
-        layers_to_transform=None if adapter.layers is None else list(adapter.layers),
-        modules_to_save=list(heads) or None,
-        task_type=task_type,
-    )
-    with catch_warnings():
-        # PEFT 0.21 asks transformers 5.23 by a name that is deprecated there; nothing a user could change.
-        filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(module, config)
 
 
 def _built(module: nn.Module, tokenize: Callable[[Sequence[str]], dict[str, Tensor]] | None) -> BuiltModel:

@@ -36,11 +36,11 @@ def content_digest(module: nn.Module, first: int, everything: Examples) -> str:
     configuration: Any = getattr(module, "config", None)  # heads of attention, activation: not seen in the modules
     wiring = configuration.to_json_string() if hasattr(configuration, "to_json_string") else ""
     digest = sha256(f"{torch.__version__} {first} {wiring} {module}".encode())
-    # PEFT keeps an untrained copy of a trained head, which differs by seed and is never run.
+    # What differs by seed and does not act below: PEFT's untrained copy of a trained head, frozen factors of adapters.
     frozen = {
         name: value
         for name, value in module.named_parameters()
-        if not value.requires_grad and ".original_module." not in name
+        if not value.requires_grad and ".original_module." not in name and ".lora_A." not in name
     }
     for name, value in sorted({**frozen, **everything.inputs}.items()):
         digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())

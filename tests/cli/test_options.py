@@ -17,11 +17,11 @@ from privfm.cli.explain import classes_in, public_classes
 from privfm.cli.options import parser_for
 from privfm.cli.run import config_parser, request
 from privfm.contracts import Rule
-from privfm.defenses import DPPlan, Krum, Mean, PreAggregation, TrimmedMean
+from privfm.defenses import DPPlan, IntegerNoise, Krum, LocalSampling, Mean, PreAggregation, TrimmedMean
 from privfm.defenses.channels import Plaintext
 from privfm.experiment import RunConfig, resolved
 from privfm.federation import Adam, Average, FixedSize
-from privfm.learning import SGD, Digits, LoRA, Schedule, SplitShares
+from privfm.learning import IA3, SGD, BitFit, Digits, LoRA, PromptTuning, Schedule, SplitShares
 
 
 @final
@@ -272,7 +272,15 @@ def test_internal_class_by_full_import_path_only(example: str, tmp_path: Path, r
 def configurable() -> list[type]:
     """Public classes that a run's configuration can name, at any depth."""
     bases = tuple(kind for hint in get_type_hints(RunConfig).values() for kind in classes_in(hint) if kind is not str)
-    return [kind for kind in public_classes().values() if issubclass(kind, bases)] + [LoRA, Schedule]
+    return [kind for kind in public_classes().values() if issubclass(kind, bases)] + [
+        LoRA,
+        BitFit,
+        IA3,
+        PromptTuning,
+        LocalSampling,
+        IntegerNoise,
+        Schedule,
+    ]
 
 
 @pytest.mark.parametrize("kind", configurable(), ids=lambda kind: kind.__name__)

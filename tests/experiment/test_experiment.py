@@ -23,7 +23,19 @@ from privfm.defenses.channels import CKKS, Plaintext
 from privfm.experiment import ArmSpec, Experiment, RunConfig, play_run, resolved, run_experiment, visibility
 from privfm.experiment.run import prepare
 from privfm.federation import Adam, Average, FixedSize, Poisson
-from privfm.learning import IID, SGD, Digits, Dirichlet, ImageClassification, SmallCNN, SplitShares
+from privfm.learning import (
+    IID,
+    SGD,
+    BitFit,
+    Digits,
+    Dirichlet,
+    ImageClassification,
+    LoRA,
+    PromptTuning,
+    SequenceClassifier,
+    SmallCNN,
+    SplitShares,
+)
 from privfm.reporting import RunFolder, export_released
 
 CONFIG = RunConfig(
@@ -311,3 +323,10 @@ def test_malicious_clients_can_be_named(tmp_path: Path) -> None:
     named = spec(attack=SignFlip(2.0), malicious=(7, 3, 7))
     assert prepare(named.config, 0).arm.malicious == prepare(named.config, 1).arm.malicious == (3, 7)
     assert play_run(tmp_path / "seed-0", named, 0)["malicious_share"] == 2 / 40
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=2, freeze_a=True), BitFit(layers=(5,)), PromptTuning(3), None], ids=repr)
+def test_a_recorded_adapter_says_its_kind(adapter):
+    """A bare table reads back as LoRA: the record would name another model than the one that was trained."""
+    recorded = resolved(SequenceClassifier("minilm", adapter=adapter))["init_args"]["adapter"]
+    assert recorded is None if adapter is None else recorded["class_path"] == type(adapter).__name__

@@ -1,0 +1,342 @@
+"""Many clients through one frozen model in one pass: the steps, and how they are cut into passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Generator, Tensor
+
+from privfm.checks import InvalidArgument, at_least, require
+from privfm.contracts import Examples, GradientPrivacy
+from privfm.learning.batched.dropout import split
+from privfm.learning.batched.first_token import LastBlock
+from privfm.learning.batched.layers import Pass
+from privfm.learning.batched.packing import Packing, running
+from privfm.learning.batched.patches import (
+    Forward,
+    block_forwards,
+    packed,
+    running_as,
+    trained_forwards,
+    transformers_models,
+)
+from privfm.learning.private_steps import check_moved, drawn_batches
+from privfm.learning.training import Descent
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from privfm.learning.learner import Workbench
+
+TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Real tokens a pass by default. On one CPU thread all-MiniLM-L6 gains nothing beyond 1,000 (measured)."""
+_GRADIENTS = 1 << 26
+"""Most numbers in one pass's matrix of gradients (float32: 256 MiB); counts when every example has a row."""
+
+
+@final
+@dataclass(frozen=True)
+class _Client:
+    """One client during a round.
+
+    Attributes:
+      place: in the batch that was asked for.
+      examples: all of its examples.
+      lengths: tokens of each.
+      batches: places of the examples of each step.
+      key: names its dropout.
+    """
+
+    place: int
+    examples: Examples
+    lengths: list[int]
+    batches: list[Tensor]
+    key: int
+
+
+@final
+@dataclass(frozen=True)
+class _Row:
+    """One example in one step: its client's row, its place in the batch and among the client's examples."""
+
+    client: int
+    position: int
+    example: int
+
+
+@final
+@dataclass(frozen=True)
+class _Terms:
+    """What holds for a whole round: who trains, what is trained, and how privately.
+
+    Attributes:
+      clients: those with most steps first.
+      wanted: names of what gets gradients.
+      kept: `(d,)` what stays as it is; None: nothing.
+      privacy: of every step.
+    """
+
+    clients: list[_Client]
+    wanted: frozenset[str]
+    kept: Tensor | None
+    privacy: GradientPrivacy | None
+
+    def length(self, row: _Row) -> int:
+        """Tokens of a row's example."""
+        return self.clients[row.client].lengths[row.example]
+
+    def by_length(self, rows: list[_Row]) -> list[_Row]:
+        """Shortest first: attention pads neighbours to one another."""
+        return sorted(rows, key=self.length)
+
+
+@final
+class BatchedDescent:
+    """Trains many clients at once where each of them would take the steps of a `Descent`.
+
+    Clients are sorted by their number of steps, so that those who still train are the first rows of every matrix:
+    weights, gradients and the optimizer's state. A step goes through the model in passes of at most `tokens` real
+    tokens, and a client's batch may begin in one pass and end in the next.
+
+    A client's update does not depend on the others but for rounding: float32 sums of a matrix product depend on its
+    size. Alone it is the same to the last bit every time.
+
+    Args:
+      bench: model and data; the model is lent for the time of `train` and comes back unchanged.
+      tokens: real tokens a pass; None: `TOKENS` of the device.
+      dropout: wakes the model's dropout, replayed from each client's generator.
+      autocast: type in which what is frozen is computed (`torch.bfloat16`); clip, noise and adapters stay float32.
+      first_token: the last block, where only its first token's output is read.
+    """
+
+    def __init__(
+        self, bench: Workbench, tokens: int | None = None, *, dropout: bool = False,
+        autocast: torch.dtype | None = None, first_token: LastBlock | None = None,
+    ) -> None:  # fmt: skip
+        self._bench, self._dropout, self._autocast = bench, dropout, autocast
+        self._tokens = TOKENS.get(bench.device.type, TOKENS["cuda"]) if tokens is None else tokens
+        at_least("tokens", self._tokens, 1)
+        self._now: Pass | None = None
+        self._dtype = next(iter(bench.parameters.values())).dtype
+        self._frozen_dtype = next((p.dtype for p in bench.module.parameters() if not p.requires_grad), self._dtype)
+        blocks, trained = bench.built.layers, frozenset(bench.layout.names)
+        # Below awake dropout nothing is the same twice.
+        self._known = bench.trunk is not None and not dropout
+        cut = bench.first if self._known else 0
+        forwards = trained_forwards(bench.module, trained, self._running, dropout)
+        narrowed: dict[nn.Module, Forward] = {}
+        if first_token is not None:
+            forwards |= first_token.forwards(forwards, self._running)
+            narrowed = {first_token.block: first_token.narrowed(self._running)}
+        self._forwards = forwards | block_forwards(blocks, cut, self._running, narrowed)
+        self._models = transformers_models(bench.module)
+        # Attention layers are counted: one that goes its own way would mix the examples of a pass.
+        self._attentions = len(blocks) - cut
+
+    def train(
+        self, model: Tensor, batch: Sequence[Examples], generators: Sequence[Generator], training: Descent, *,
+        privacy: GradientPrivacy | None = None, active: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`model (d,)` and k clients' examples -> `(k, d)` updates. Arguments as of `Learner.train`."""
+        clients = [
+            self._client(place, examples, generator, training, privacy)
+            for place, (examples, generator) in enumerate(zip(batch, generators, strict=True))
+        ]
+        clients.sort(key=lambda client: -len(client.batches))
+        start = model.to(self._bench.device, self._dtype)
+        kept = None if active is None else ~active.to(start.device)
+        terms = _Terms(clients, self._wanted(active), kept, privacy)
+        weights = start.repeat(len(clients), 1)
+        state = training.stacked(weights)
+        with self._lent():
+            for now in range(max((len(client.batches) for client in clients), default=0)):
+                k = sum(len(client.batches) > now for client in clients)
+                gradients = self._gradients(terms, weights[:k], now)
+                if privacy is not None:
+                    held = [len(client.examples) for client in clients[:k]]
+                    gradients = privacy.noised(gradients, held, [generators[client.place] for client in clients[:k]])
+                training.step(weights, gradients, state, now)
+                if kept is not None:
+                    weights[:k] = torch.where(kept, start, weights[:k])
+        if privacy is not None:
+            for client, row in zip(clients, weights, strict=True):
+                check_moved(start, row, client.batches)
+        rows = torch.empty(weights.shape, dtype=torch.float32)
+        rows[[client.place for client in clients]] = (weights - start).float().cpu()
+        return rows
+
+    def gradients(self, weights: Tensor, batch: Sequence[Examples]) -> Tensor:
+        """Gradients of every example of k clients, `(examples, d)`, each at its client's weights `(k, d)`."""
+        clients = [
+            _Client(place, examples, self._lengths(examples), [torch.arange(len(examples))], 0)
+            for place, examples in enumerate(batch)
+        ]
+        terms = _Terms(clients, self._wanted(None), None, None)
+        found = weights.new_empty(sum(len(examples) for examples in batch), self._bench.layout.d)
+        begins = [0, *accumulate(len(examples) for examples in batch)]
+        with self._lent():
+            for rows in self._passes(terms, 0, private=True):
+                found[[begins[row.client] + row.example for row in rows]] = self._pass(terms, weights, 0, rows, None)[1]
+        return found
+
+    def _client(
+        self, place: int, examples: Examples, generator: Generator, training: Descent, privacy: GradientPrivacy | None
+    ) -> _Client:
+        key = int(torch.randint(2**62, (), generator=generator))  # what `seeded` draws for a client trained alone
+        batches = drawn_batches(training, len(examples), generator, privacy)
+        return _Client(place, examples, self._lengths(examples), batches, key)
+
+    def _lengths(self, examples: Examples) -> list[int]:
+        """Tokens of each example."""
+        mask = examples.inputs.get("attention_mask")
+        if mask is None:
+            return [self._bench.width] * len(examples)
+        lengths = mask.sum(1)
+        right = torch.arange(mask.shape[1]) < lengths[:, None]
+        require(bool((mask == right).all()), "attention_mask: expected padding to the right, as tokens are packed")
+        require(bool((lengths > 0).all()), "attention_mask: an example has no token")
+        found: list[int] = lengths.tolist()
+        return found
+
+    def _wanted(self, active: Tensor | None) -> frozenset[str]:
+        """What is trained, of which anything is active."""
+        layout = self._bench.layout
+        if active is None:
+            return frozenset(layout.names)
+        parts = torch.split(active, list(layout.sizes))
+        return frozenset(name for name, part in zip(layout.names, parts, strict=True) if bool(part.any()))
+
+    def _gradients(self, terms: _Terms, weights: Tensor, now: int) -> Tensor:
+        """Of the first k clients' batches, `(k, d)`: mean gradients, or under a plan sums of clipped gradients."""
+        total = torch.zeros_like(weights)
+        privacy = terms.privacy
+        sizes = [len(client.batches[now]) for client in terms.clients[: len(weights)]]
+        for rows in self._passes(terms, now, private=privacy is not None):
+            scale = None if privacy is not None else torch.tensor([1 / sizes[row.client] for row in rows])
+            first, found = self._pass(terms, weights, now, rows, scale)
+            if terms.kept is not None:
+                found.masked_fill_(terms.kept, 0.0)
+            if privacy is None:
+                total[first : first + len(found)] += found
+                continue
+            clipped = privacy.clip(found)
+            of = torch.tensor([row.client for row in rows], device=clipped.device)
+            for place in dict.fromkeys(row.client for row in rows):  # sums of slices are the same every time
+                total[place] += clipped[of == place].sum(0)
+        return total
+
+    def _passes(self, terms: _Terms, now: int, private: bool) -> Iterator[list[_Row]]:
+        """The rows of a step in passes of at most `tokens` tokens, each sorted by length; a row of more goes alone."""
+        most = max(1, _GRADIENTS // self._bench.layout.d) if private else self._tokens
+        part: list[_Row] = []
+        used = 0
+        for place, client in enumerate(terms.clients):
+            if len(client.batches) <= now:
+                break
+            for position, example in enumerate(client.batches[now].tolist()):
+                length = client.lengths[example]
+                if part and (used + length > self._tokens or len(part) >= most):
+                    yield terms.by_length(part)
+                    part, used = [], 0
+                part.append(_Row(place, position, example))
+                used += length
+        if part:
+            yield terms.by_length(part)
+
+    def _pass(
+        self, terms: _Terms, weights: Tensor, now: int, rows: list[_Row], scale: Tensor | None
+    ) -> tuple[int, Tensor]:
+        """Gradients of some rows: the place of their first client, and `(clients, d)` from there on.
+
+        Without `scale`, by which losses are weighted, it is the gradient of every example's own loss, `(rows, d)`.
+        """
+        bench, device = self._bench, weights.device
+        first, last = min(row.client for row in rows), max(row.client for row in rows)
+        of = torch.tensor([row.client for row in rows])
+        examples = _gathered(rows, terms.clients)
+        lengths = torch.tensor([terms.length(row) for row in rows])
+        packing = Packing(lengths.to(device), int(lengths.max()))
+        keys = None
+        if self._dropout:
+            steps = torch.tensor([client.key for client in terms.clients])[of]
+            keys = split(split(steps, now), torch.tensor([row.position for row in rows])).to(device)
+        run = Pass(
+            bench.layout, weights[first : last + 1], (of - first).to(device), packing,
+            wanted=terms.wanted, private=scale is None, keys=keys,
+        )  # fmt: skip
+        if self._known and examples.rows is not None:
+            padded = bench.activations.batch(examples.rows, packing.width).to(device)
+            run.known = packing.pack(padded.to(self._frozen_dtype))
+        self._forward_backward(run, examples, torch.ones(len(rows)) if scale is None else scale)
+        return first, run.gradients
+
+    def _forward_backward(self, run: Pass, examples: Examples, scale: Tensor) -> None:
+        """Fills in a pass's gradients of `sum(scale * losses)`."""
+        bench, width = self._bench, run.packing.width
+        inputs = {name: value.to(bench.device, non_blocking=True) for name, value in examples.inputs.items()}
+        labels = examples.labels.to(bench.device, non_blocking=True)
+        self._now, token = run, running.set(run.attention)
+        try:
+            kind = bench.device.type
+            with torch.autocast(kind, self._autocast or torch.bfloat16, enabled=self._autocast is not None):
+                output: Any = bench.module(**inputs)
+            losses = bench.task.losses(getattr(output, "logits", output), labels)
+            require(losses.requires_grad, "the loss reaches nothing that is trained")
+            (losses * scale.to(losses)).sum().backward(inputs=[run.anchor])  # type: ignore[no-untyped-call]
+        finally:
+            running.reset(token)
+            self._now = None
+        expected = len(bench.built.layers) if run.known is None else self._attentions
+        if run.attention.calls != expected:
+            raise InvalidArgument(f"{run.attention.calls} of {expected} blocks attend over packed tokens of {width}")
+        missing = sorted(set(run.into) - run.written)
+        require(not missing, f"no gradient of {', '.join(missing[:3])}: the loss does not reach it")
+
+    def _running(self) -> Pass:
+        if self._now is None:
+            raise InvalidArgument("the model is lent to batched training and runs nothing else for the while")
+        return self._now
+
+    def _lent(self) -> ExitStack:
+        """The model runs passes until the context ends."""
+        with ExitStack() as stack:
+            stack.enter_context(packed(self._models))
+            stack.enter_context(running_as(self._forwards))
+            return stack.pop_all()
+
+
+def _gathered(rows: list[_Row], clients: list[_Client]) -> Examples:
+    """The examples of some rows as one batch, in their order, cut to the longest."""
+    longest = max(clients[row.client].lengths[row.example] for row in rows)
+    parts: list[Examples] = []
+    order: list[int] = []
+    for client in dict.fromkeys(row.client for row in rows):
+        places = [place for place, row in enumerate(rows) if row.client == client]
+        chosen = torch.tensor([rows[place].example for place in places])
+        parts.append(_cut(clients[client].examples.take(chosen), longest))
+        order += places
+    held = [part.rows for part in parts if part.rows is not None]
+    together = Examples(
+        {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs},
+        torch.cat([part.labels for part in parts]),
+        torch.cat(held) if len(held) == len(parts) else None,
+    )
+    return together.take(torch.tensor(order).argsort())
+
+
+def _cut(examples: Examples, longest: int) -> Examples:
+    """Columns of tokens beyond the longest example of the pass, cut off."""
+    mask = examples.inputs.get("attention_mask")
+    if mask is None:
+        return examples
+    width = mask.shape[1]
+    inputs = {
+        name: value[:, :longest] if value.shape[1:2] == (width,) else value for name, value in examples.inputs.items()
+    }
+    labels = examples.labels[:, :longest] if examples.labels.shape[1:] == (width,) else examples.labels
+    return Examples(inputs, labels, examples.rows)
