@@ -8,7 +8,7 @@ from typing import Any, Literal, final
 
 import torch
 
-from privfm.checks import InvalidArgument, at_least, first_line, require
+from privfm.checks import InvalidArgument, at_least, first_line, one_of, require
 from privfm.contracts import (
     Attack,
     AttackSchedule,
@@ -68,6 +68,8 @@ class RunConfig:
         training allow it. Results differ in the last digits; the record says which was used, and why.
       strict: end the run when a client's training raises, instead of recording a drop-out.
       device: where the model runs.
+      backbone: type in which what is frozen is computed during training, where it pays (on a GPU); what is trained,
+        clipped and noised stays float32.
     """
 
     data: DataSource
@@ -99,12 +101,15 @@ class RunConfig:
     engine: Literal["sequential", "batched"] = "sequential"
     strict: bool = False
     device: str = "cpu"
+    backbone: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         at_least("rounds", self.rounds, 1)
         at_least("evaluate_every", self.evaluate_every, 1)
         at_least("checkpoint_every", self.checkpoint_every, 1)
         at_least("clients_per_batch", self.clients_per_batch, 1)
+        one_of("engine", self.engine, ("sequential", "batched"))
+        one_of("backbone", self.backbone, ("float32", "bfloat16"))
         require(0 <= self.malicious_share < 1, f"malicious_share={self.malicious_share!r}: expected a number in [0, 1)")
         require(
             self.malicious is None or self.malicious_share == 0,

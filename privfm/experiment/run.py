@@ -121,7 +121,8 @@ def prepare(config: RunConfig, seed: int, folder: Path | None = None) -> Federat
     clients = Population.of(bench.everything, dealt.clients)
     labelled = isinstance(config.task, Classification) and clients.size > 1
     mix = dealt.label_mix if labelled else None
-    learner = ModelLearner(bench, dealt.splits, config.training, mix, engine=config.engine)
+    cast = torch.bfloat16 if config.backbone == "bfloat16" else None
+    learner = ModelLearner(bench, dealt.splits, config.training, mix, engine=config.engine, autocast=cast)
     arm = arm_of(config, clients.size, seed)
     if arm.attack is not None:
         public = PublicModel(len(dealt.table.label_names), bench.built.tokenize, learner.adapters)
