@@ -31,6 +31,10 @@ class ClientFailed(RuntimeError):
     """A client's own training raised. Inside a run it is a recorded drop-out; with `strict` it ends the run."""
 
 
+class PrivacyBroken(RuntimeError):
+    """Private steps are not what a plan accounts for: some trained value has no gradient of its own, or none moves."""
+
+
 class BrokenCheckpoint(RuntimeError):
     """A checkpoint is missing a file, was cut off or was changed."""
 

@@ -30,10 +30,11 @@ from privfm.engines import Local
 from privfm.experiment.config import ArmSpec, RunConfig, resolved
 from privfm.experiment.measures import backdoor, column, detection
 from privfm.federation import Arm, Federation, Population, choose_malicious, load, rounds, save
-from privfm.learning.learner import ModelLearner, Workbench
+from privfm.learning.learner import ModelLearner
 from privfm.learning.partitions import Natural
 from privfm.learning.splits import SplitShares, split
 from privfm.learning.tasks import Classification
+from privfm.learning.workbench import Workbench
 from privfm.randomness import Seeds
 from privfm.reporting import RunFolder, describe_environment
 

@@ -2,7 +2,7 @@
 
 from privfm.learning.adapter_kinds import IA3, BitFit, LoRA, PromptTuning
 from privfm.learning.docstrings import Docstrings
-from privfm.learning.learner import ModelLearner, Workbench
+from privfm.learning.learner import ModelLearner
 from privfm.learning.models import (
     CausalLanguageModel,
     MeanPooledClassifier,
@@ -17,6 +17,7 @@ from privfm.learning.sources import Digits, ImageArrays, ImageData, TextData
 from privfm.learning.splits import SplitShares, split
 from privfm.learning.tasks import CausalLM, ImageClassification, SequenceClassification
 from privfm.learning.training import SGD, AdamW, OwnTraining, Schedule
+from privfm.learning.workbench import Workbench
 
 __all__ = [
     "IA3",

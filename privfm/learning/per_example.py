@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from privfm.checks import InvalidArgument, first_line, one_of, require
+from privfm.checks import InvalidArgument, PrivacyBroken, first_line, one_of, require
 from privfm.contracts import Examples
 from privfm.vectors import Layout
 
@@ -65,7 +65,8 @@ def per_example_gradients(
       `(b, d)` float32, on the device of the parameters.
 
     Raises:
-      InvalidArgument: a parameter gets no gradient from the losses, or `way` does not cover the model.
+      InvalidArgument: `way` does not cover the model.
+      PrivacyBroken: a parameter gets no gradient from the losses.
     """
     asked = _Asked(module, parameters, losses, examples, layout)
     asked.check()
@@ -184,11 +185,11 @@ def _by_loop(asked: _Asked) -> Tensor:
 
 
 def _refuse_unreached(names: Sequence[str]) -> None:
-    require(
-        not names,
-        f"{', '.join(names[:3])}{' and others' * (len(names) > 3)}: the losses do not depend on it, so that no example "
-        "has a gradient for it; freeze it",
-    )
+    if names:
+        raise PrivacyBroken(
+            f"{', '.join(names[:3])}{' and others' * (len(names) > 3)}: the losses do not depend on it, so that no "
+            "example has a gradient for it; freeze it"
+        )
 
 
 # The model's own code, vectorised

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Generator, Tensor, nn
 
-from privfm.checks import require
+from privfm.checks import PrivacyBroken
 from privfm.contracts import Examples, GradientPrivacy
 from privfm.learning.training import Descent, Losses
 from privfm.vectors import Layout
@@ -30,14 +30,13 @@ def check_moved(start: Tensor, end: Tensor, batches: Sequence[Tensor]) -> None:
     """Refuses steps that had examples and changed nothing.
 
     Raises:
-      InvalidArgument: the weights are what they were.
+      PrivacyBroken: the weights are what they were.
     """
-    moved = not any(len(batch) for batch in batches) or not torch.equal(start, end)
-    require(
-        moved,
-        f"{len(batches)} private steps moved no weight: the optimizer does not see the private gradients, or all of "
-        "them were clipped to zero without noise",
-    )
+    if any(len(batch) for batch in batches) and torch.equal(start, end):
+        raise PrivacyBroken(
+            f"{len(batches)} private steps moved no weight: the optimizer does not see the private gradients, or all "
+            "of them were clipped to zero without noise"
+        )
 
 
 @final
@@ -65,7 +64,7 @@ class MatrixSteps:
         """What the module's weights become, `(d,)`.
 
         Raises:
-          InvalidArgument: gradients have not one row an example and one column a trained value, or nothing moved.
+          PrivacyBroken: gradients have not one row an example and one column a trained value, or nothing moved.
         """
         start = self._layout.flatten(self._parameters)
         weights = start.repeat(1, 1)
@@ -100,11 +99,11 @@ class MatrixSteps:
         if len(places) == 0:
             return torch.zeros(1, d, device=next(iter(self._parameters.values())).device)
         found = per_example_gradients(self._module, self._parameters, self._losses, examples.take(places), self._layout)
-        require(
-            found.shape == (len(places), d),
-            f"gradients of {len(places)} examples have shape {tuple(found.shape)}, expected ({len(places)}, {d}): "
-            "some trained value got none of its own",
-        )
+        if found.shape != (len(places), d):
+            raise PrivacyBroken(
+                f"gradients of {len(places)} examples have shape {tuple(found.shape)}, expected ({len(places)}, {d}): "
+                "some trained value got none of its own"
+            )
         return privacy.clip(self._masked(found)).sum(0, keepdim=True)
 
     def _masked(self, gradients: Tensor) -> Tensor:

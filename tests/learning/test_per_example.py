@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from privfm.checks import InvalidArgument
+from privfm.checks import InvalidArgument, PrivacyBroken
 from privfm.contracts import Examples, ModelSource, Table
 from privfm.learning import (
     ImageClassification,
@@ -349,7 +349,7 @@ def test_a_parameter_that_no_loss_depends_on_is_named(way: str | None) -> None:
     parameters = dict(module.named_parameters())
     layout = Layout.of(parameters)
     examples = Examples({"x": gaussian(3, 4)}, torch.zeros(3))
-    with pytest.raises(InvalidArgument, match=r"unused.bias, unused.weight: the losses do not depend on it"):
+    with pytest.raises(PrivacyBroken, match=r"unused.bias, unused.weight: the losses do not depend on it"):
         per_example_gradients(
             module, parameters, lambda one: module(one.inputs["x"]).sum(1), examples, layout, way=way  # type: ignore[arg-type]
         )  # fmt: skip

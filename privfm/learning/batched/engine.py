@@ -31,7 +31,7 @@ from privfm.learning.training import Descent
 if TYPE_CHECKING:
     from torch import nn
 
-    from privfm.learning.learner import Workbench
+    from privfm.learning.workbench import Workbench
 
 TOKENS = {"cpu": 2048, "cuda": 16384}
 """Real tokens a pass by default. On one CPU thread all-MiniLM-L6 gains nothing beyond 1,000 (measured)."""

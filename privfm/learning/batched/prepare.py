@@ -15,7 +15,7 @@ from privfm.learning.batched.refusals import problems
 from privfm.learning.trunk import on_device, trimmed
 
 if TYPE_CHECKING:
-    from privfm.learning.learner import Workbench
+    from privfm.learning.workbench import Workbench
 
 _SPREAD = 0.02
 """Trained weights are compared away from where they start: LoRA starts at B = 0, where A has no gradient."""
