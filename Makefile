@@ -20,8 +20,10 @@ demo: $(STAMP) ## the trade-off of privacy, robustness and utility on a real mod
 test: $(STAMP) ## all tests; linter, types and import contracts run among them
 	$(RUN) pytest -n 2 --dist worksteal
 
-bench: .venv-bench/.installed ## aggregation beside ByzFL, ByzPy and Flower, in an environment of their own
+bench: .venv-bench/.installed ## aggregation, private steps and many clients beside other libraries, in an environment of their own
 	.venv-bench/bin/python -m benchmarks.aggregation
+	.venv-bench/bin/python -m benchmarks.private_step
+	.venv-bench/bin/python -m benchmarks.clients
 
 lint: $(STAMP) ## linter, formatting and import contracts only
 	$(RUN) ruff check .

@@ -64,8 +64,8 @@ class RunConfig:
       evaluate_every: rounds between evaluations on the validation split.
       checkpoint_every: rounds between checkpoints; an interrupted run plays those since the last one again.
       clients_per_batch: honest clients trained together.
-      engine: `sequential` trains clients one after the other; `batched` all of a batch in one pass, where model and
-        training allow it. Results differ in the last digits; the record says which was used, and why.
+      engine: `batched` trains all clients of a batch in one pass, where model and training allow it; `sequential` one
+        after the other. Results differ in the last digits; the record says which was used, and why.
       strict: end the run when a client's training raises, instead of recording a drop-out.
       device: where the model runs.
       backbone: type in which what is frozen is computed during training, where it pays (on a GPU); what is trained,
@@ -97,8 +97,8 @@ class RunConfig:
     splits: SplitShares = SplitShares()
     evaluate_every: int = 1
     checkpoint_every: int = 1
-    clients_per_batch: int = 16
-    engine: Literal["sequential", "batched"] = "sequential"
+    clients_per_batch: int = 32
+    engine: Literal["batched", "sequential"] = "batched"
     strict: bool = False
     device: str = "cpu"
     backbone: Literal["float32", "bfloat16"] = "float32"

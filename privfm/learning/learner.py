@@ -127,11 +127,12 @@ class ModelLearner(Learner):
             f"active: expected ({self.d},) bool, as long as what is trained",
         )
         bench.load(model)  # may change what is frozen, once
-        frozen = bench.frozen_versions()
+        foreign = not isinstance(self.training, Descent | OneStep)
+        frozen = bench.frozen_versions(foreign)
         trained = self._together(model, batch, generators, privacy, active)
         if trained is None:
             trained = self._one_by_one(model, batch, generators, privacy, active)
-        changed = [name for name, version in bench.frozen_versions().items() if version != frozen.get(name)]
+        changed = [name for name, version in bench.frozen_versions(foreign).items() if version != frozen.get(name)]
         require(
             not changed,
             f"local training changed {', '.join(changed[:3])}, which no update carries: later clients would train "

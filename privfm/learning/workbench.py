@@ -45,6 +45,7 @@ class Workbench:
         self.module = built.module.to(self.device)
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         require(bool(self.parameters), "nothing is trained: the model has no parameter that requires gradients")
+        self._parts, self._values = list(self.module.modules()), dict[str, Tensor]()
         self.layout = Layout.of(self.parameters)
         self.adapters = _adapters(self.module, self.layout)
         self._frozen: dict[str, Tensor] = {}  # adapted weights as they came, once the server has changed them
@@ -86,7 +87,13 @@ class Workbench:
                 self.parameters[name].grad = None
             if not torch.equal(model[d:], self._base):
                 self._load_base(model[d:])
-        return self.module.eval()
+        for part in self._awake():
+            part.training = False
+        return self.module
+
+    def _awake(self) -> list[nn.Module]:
+        """Parts that somebody's own training loop has left in training mode; cheaper than a walk for every client."""
+        return [part for part in self._parts if part.training]
 
     def _load_base(self, change: Tensor) -> None:
         """Sets the adapted modules' own weights to what they were plus `change`; no change where it is empty."""
@@ -100,10 +107,16 @@ class Workbench:
             original = self._frozen.setdefault(pair.module, weight.detach().clone())
             weight.copy_(original + part.to(original))
 
-    def frozen_versions(self) -> dict[str, int]:
-        """How often each value that is not trained was written to."""
-        everything = chain(self.module.named_parameters(), self.module.named_buffers())
-        return {name: value._version for name, value in everything if name not in self.parameters}
+    def frozen_versions(self, foreign: bool = True) -> dict[str, int]:
+        """How often each value that is not trained was written to.
+
+        Args:
+          foreign: code that is not ours may have put others in their place, so that they are looked up anew.
+        """
+        if foreign or not self._values:
+            everything = chain(self.module.named_parameters(), self.module.named_buffers())
+            self._values = {name: value for name, value in everything if name not in self.parameters}
+        return {name: value._version for name, value in self._values.items()}
 
     def logits(self, examples: Examples) -> Tensor:
         """Logits under the loaded weights, from known activations where they apply; `examples` are trimmed."""

@@ -19,6 +19,7 @@ from privfm.learning.batched.layers import Pass
 from privfm.learning.batched.packing import Packing, running
 from privfm.learning.batched.patches import (
     Forward,
+    attending_packed,
     block_forwards,
     packed,
     running_as,
@@ -135,6 +136,7 @@ class BatchedDescent:
             narrowed = {first_token.block: first_token.narrowed(self._running)}
         self._forwards = forwards | block_forwards(blocks, cut, self._running, narrowed)
         self._models = transformers_models(bench.module)
+        attending_packed(self._models)
         # Attention layers are counted: one that goes its own way would mix the examples of a pass.
         self._attentions = len(blocks) - cut
 

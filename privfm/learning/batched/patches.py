@@ -123,22 +123,39 @@ def running_as(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
                 module.forward = own
 
 
-@contextmanager
-def packed(models: Sequence[Any]) -> Iterator[None]:
-    """Transformers models attend over packed tokens; afterwards as before."""
+def attending_packed(models: Sequence[Any]) -> None:
+    """Makes sure, once, that transformers models let their attention be exchanged.
+
+    Raises:
+      InvalidArgument: one does not.
+    """
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, packed_attention)
-    before = [model.config._attn_implementation for model in models]
-    try:
-        for model in models:
+    for model in models:
+        own = model.config._attn_implementation
+        try:
             model.set_attn_implementation(ATTENTION)
             if model.config._attn_implementation != ATTENTION:
                 raise InvalidArgument(f"{type(model).__name__} does not let its attention be exchanged")
+        finally:
+            model.set_attn_implementation(own)
+
+
+@contextmanager
+def packed(models: Sequence[Any]) -> Iterator[None]:
+    """Transformers models attend over packed tokens; afterwards as before.
+
+    Their configurations are written to, which layers read in every call: the models' own method walks all modules.
+    """
+    before = [model.config._attn_implementation for model in models]
+    try:
+        for model in models:
+            model.config._attn_implementation = ATTENTION
         yield
     finally:
         for model, own in zip(models, before, strict=True):
-            model.set_attn_implementation(own)
+            model.config._attn_implementation = own
 
 
 def transformers_models(module: nn.Module) -> list[Any]:
