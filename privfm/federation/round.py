@@ -269,7 +269,8 @@ class Way:
             self.attack, rows = attack.bend(self._state.attack, rows, self._known, seeds.generator("attack", now))
             if attack.obeys_chain:
                 rows, _ = self._stepped(ids, rows, self._state.clients)
-        rows = self._guarded(ids, rows, honest=attack is None)
+        obeys = not isinstance(attack, UpdateAttack) or attack.obeys_chain
+        rows = self._guarded(ids, rows, obeys)
         encoded, _ = arm.codecs.encode(rows, {}, seeds.clients("codecs", now, ids))
         if attack is None and (self._known.level > Knows.OWN or self._spread is not None):
             decoded = arm.codecs.decode(encoded, rows.shape[1])[:, : self._federation.learner.d]
@@ -295,7 +296,9 @@ class Way:
 
     def channel_error(self, view: WatchedView) -> float | None:
         """See `Record.channel_error_relative_l2`; a simulation knows what was sent."""
-        vectors = view.seen.vectors
+        vectors, arm = view.seen.vectors, self._federation.arm
+        if arm.wire != arm.channel:  # what came differs by the noise of who decrypted it
+            return None
         if not self._sums or not vectors or set(view.ids) != self._summed or not self._plain_sum.any():
             return None
         d = self._federation.learner.d
@@ -336,17 +339,17 @@ class Way:
         encoded, after = steps.encode(rows, own, generators)
         return encoded.rows, before.updated(ids, after)
 
-    def _guarded(self, ids: Sequence[int], rows: Tensor, honest: bool) -> Tensor:
+    def _guarded(self, ids: Sequence[int], rows: Tensor, obeys: bool) -> Tensor:
         """Rows as the plan wants them: with the client's weight, with its own noise, with what else it reports.
 
-        The first two are the client's to do, so an attacker leaves them out; the last is the format.
+        The first two are the client's to do, so that one who does not obey leaves them out; the last is the format.
         """
         plan, federation = self._federation.arm.plan, self._federation
         if plan is None or plan.unit == "example":
             return rows
-        if honest and plan.weight_cap is not None:
+        if obeys and plan.weight_cap is not None:
             rows = rows * plan.weights([len(federation.clients.examples(client)) for client in ids])[:, None]
-        if honest and plan.place == "local":
+        if obeys and plan.place == "local":
             rows = plan.own_noise(rows, federation.seeds.clients("own noise", self._state.round, ids))
             if self._active is not None:  # what is not trained in this round is zero for everybody, and stays so
                 rows = rows.masked_fill(~self._active.to(rows.device), 0.0)
