@@ -16,13 +16,14 @@ from privfm.cli.errors import DONE, REFUSED, say
 from privfm.cli.explain import public_classes
 from privfm.cli.run import Request, request
 from privfm.contracts import Channel, Encoded, Intake, Knows, Reveals, Rule, Table, UpdateAttack
-from privfm.defenses import Mean
+from privfm.defenses import DPPlan, Mean
 from privfm.engines import Local
 from privfm.experiment import RunConfig, arm_of, deal
+from privfm.experiment.run import AccountedFacts, affordable_rounds
 from privfm.federation import Arm, problems
 from privfm.federation.compatibility import table
 from privfm.federation.traffic import Traffic
-from privfm.learning import Workbench
+from privfm.learning import ModelLearner, Workbench
 from privfm.randomness import Seeds
 from privfm.reporting import epsilon_paragraph
 from privfm.reporting.formats import bytes_text
@@ -53,19 +54,23 @@ class Outline:
 
     Attributes:
       arm: what the round would play.
-      rounds: rounds in all.
+      rounds: rounds in all, as far as the plan's budget pays for them.
+      asked: rounds that were asked for.
       d: trained values.
       clients: in the population.
       rooted: the server has examples of its own.
       examples: how many each client holds.
+      private_gradients: why local training cannot bound gradients of single examples; empty: it can.
     """
 
     arm: Arm
     rounds: int
+    asked: int
     d: int
     clients: int
     rooted: bool
     examples: tuple[int, ...]
+    private_gradients: str
 
     @classmethod
     def of(cls, config: RunConfig, seed: int) -> Outline:
@@ -79,10 +84,13 @@ class Outline:
         built = config.model.build(table.label_names, Seeds(seed).generator("initialisation"))
         first = Table(table.inputs[:1], table.labels[:1], table.label_names)  # enough to see that they fit
         bench = Workbench(built, config.task, first, config.device)
+        refusal = ModelLearner(bench, dealt.splits, config.training).refuses_private_gradients()
         clients = len(dealt.clients)
         rooted = len(dealt.splits["server"]) > 0
         sizes = tuple(len(rows) for rows in dealt.clients)
-        return cls(arm_of(config, clients, seed), config.rounds, bench.layout.d, clients, rooted, sizes)
+        d = bench.layout.d
+        rounds = affordable_rounds(config, AccountedFacts(d, sizes))
+        return cls(arm_of(config, clients, seed), rounds, config.rounds, d, clients, rooted, sizes, refusal)
 
 
 def check(argv: Sequence[str]) -> int:
@@ -99,7 +107,8 @@ def check(argv: Sequence[str]) -> int:
         return DONE
     asked: Request = request("check", argv)
     outline = Outline.of(asked.config, next(iter(asked.seeds), 0))
-    found = problems(outline.arm, outline.d, outline.clients, outline.rooted, sum(outline.examples))
+    examples = sum(outline.examples)
+    found = problems(outline.arm, outline.d, outline.clients, outline.rooted, examples, outline.private_gradients)
     for problem in found:
         say(f"problem: {problem.what}\ninstead: {problem.instead}\n")
     for name, text in (*_sizes(outline, measurable=not found), *_who_sees_what(outline)):
@@ -115,7 +124,8 @@ def _sizes(outline: Outline, measurable: bool) -> Iterator[tuple[str, str]]:
     expected, largest = arm.sampling.expected(clients), arm.sampling.largest(clients)
     yield "trained values", f"{d:,}"
     yield "clients", f"{clients:,}, of them malicious: {len(arm.malicious):,}"
-    yield "cohort", f"{expected:g} expected, {largest:,} at most, a round; {outline.rounds} rounds"
+    ends = "" if outline.rounds == outline.asked else f" of {outline.asked}: then the budget is spent"
+    yield "cohort", f"{expected:g} expected, {largest:,} at most, a round; {outline.rounds} rounds{ends}"
     yield "smallest cohort", _smallest_cohort(arm)
     up = None
     if measurable:
@@ -130,8 +140,10 @@ def _sizes(outline: Outline, measurable: bool) -> Iterator[tuple[str, str]]:
 
 
 def _smallest_cohort(arm: Arm) -> str:
-    rule = arm.rule
-    if arm.plan is not None:
+    rule, plan = arm.rule, arm.plan
+    if plan is not None and plan.integers is not None:
+        return f"{plan.integers.least_answers}: with fewer answers the round ends before the sum is opened"
+    if plan is not None and plan.noises_the_sum:
         return "0: under the plan an empty round is released too, as noise"
     condition = "" if rule.condition == str(rule.smallest_cohort) else f" ({rule.condition})"
     return f"{rule.smallest_cohort}{condition} usable updates for {type(rule).__name__}, else the round is skipped"
@@ -157,7 +169,8 @@ def measured_bytes(arm: Arm, d: int) -> tuple[float, float, bool]:
     Returns:
       Bytes up and down (the model included) a client and round, and whether they were measured at full width.
     """
-    width = min(d, LARGEST_MEASURED)
+    whole = d + 1 if arm.plan is not None and arm.plan.adaptive else d  # a share of the count travels with the row
+    width = min(whole, LARGEST_MEASURED)
     generator = Seeds(0).generator
 
     def sealed(asked: Sequence[int]) -> dict[int, Encoded]:
@@ -174,17 +187,16 @@ def measured_bytes(arm: Arm, d: int) -> tuple[float, float, bool]:
     traffic = Traffic(Local(MEASURED_CLIENTS).open(arm.channel, sealed, cohort, (), {}))
     with suppress(RoundFailed):  # two clients may be too few for the key holder; they have answered by then
         arm.channel.collect(cohort, Intake(arm.codecs, width, Reveals.SUM), traffic.exchange).total()
-    scale = d / width
-    return scale * traffic.up_per_client, scale * traffic.down_per_client + 4 * d, width == d
+    scale = whole / width
+    return scale * traffic.up_per_client, scale * traffic.down_per_client + 4 * d, width == whole
 
 
 def _who_sees_what(outline: Outline) -> Iterator[tuple[str, str]]:
     """Each party's view, from channel, plan and attack."""
     arm = outline.arm
-    before = ", before any noise" if arm.plan is not None else ""
     curious = "" if arm.server_attack is None else f"; it is curious: {arm.server_attack!r}"
-    yield "server sees", f"{ROW_SEEN[arm.channel.reveals]}{before}{curious}"
-    yield "key holder sees", _key_holder(arm.channel)
+    yield "server sees", f"{ROW_SEEN[arm.channel.reveals]}{_noised_for_server(arm.plan)}{curious}"
+    yield "key holder sees", _key_holder(arm.channel, arm.plan)
     known = () if arm.attack is None else arm.attack.knowledge
     granted = f"; the malicious are granted: {', '.join(known)}" if known else ""
     yield "clients see", f"the model of every round{granted}"
@@ -213,12 +225,28 @@ def _too_many_malicious(outline: Outline) -> Iterator[tuple[str, str]]:
     )
 
 
-def _key_holder(channel: Channel) -> str:
+def _noised_for_server(plan: DPPlan | None) -> str:
+    """What noise is in what the server sees."""
+    if plan is None:
+        return ""
+    if plan.unit == "example":
+        return "; clients have added noise in every local step"
+    return {
+        "central": ", before any noise",
+        "key_holder": "; the key holder has added noise",
+        "local": "; every client has added noise of its own",
+        "distributed": "; all clients together have added noise",
+    }[plan.place]
+
+
+def _key_holder(channel: Channel, plan: DPPlan | None) -> str:
     if not channel.key_holder_stages:
         return "nothing: there is none"
     limits = channel.limits
     if limits is None:
-        return f"{ROW_SEEN[channel.reveals]}; it and the server must not collude"
+        own = plan is not None and plan.place == "key_holder"
+        noise = ", before it adds the noise" if own else _noised_for_server(plan)
+        return f"{ROW_SEEN[channel.reveals]}{noise}; it and the server must not collude"
     return (
         f"{ROW_SEEN[channel.reveals]}; it grants {limits.max_references} references and sums of effectively "
         f"{limits.smallest_release:g} clients or more, and must not collude with the server"

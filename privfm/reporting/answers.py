@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import final
 
 from privfm.reporting.formats import difference_text, small_number, utility_interval, utility_text
+from privfm.reporting.noise_lines import UNITS, NoiseLine, by_unit, epsilon_names, noise_lines
 from privfm.reporting.summary import ArmResult, Experiment, paired_difference
 
 
@@ -31,6 +32,9 @@ def answers(experiment: Experiment) -> tuple[Answer, ...]:
 
 
 def _noise(experiment: Experiment) -> str:
+    lines = noise_lines(experiment)
+    if len(lines) > 1:
+        return " ".join(filter(None, (_best_methods(unit, own) for unit, own in by_unit(lines).items())))
     plain = experiment.plain
     reached = [
         f"{_reached(arm, plain)} at epsilon {small_number((arm.epsilon or {})['epsilon'])}"
@@ -39,6 +43,21 @@ def _noise(experiment: Experiment) -> str:
     if plain is None or not reached:
         return ""
     return f"Federated training without noise reached {_utility(plain)}; with a guarantee {_listed(reached)}."
+
+
+def _best_methods(unit: str, lines: Sequence[NoiseLine]) -> str:
+    """The best method of a unit at each epsilon, next to its own training without noise."""
+    reached = []
+    for epsilon in epsilon_names(lines):
+        found = [(arm, line) for line in lines if (arm := line.at(epsilon)) is not None]
+        best, line = max(found, key=lambda each: _score(each[0]))
+        own = line.without_noise
+        if own is best:
+            reached.append(f"without noise {line.title} {_utility(best)}")
+        else:
+            change = "" if own is None else f" ({_change(best, own)})"
+            reached.append(f"at epsilon {epsilon} {line.title} {_utility(best)}{change}")
+    return f"For {UNITS.get(unit, unit)} the best was {_listed(reached)}."
 
 
 def _encryption(experiment: Experiment) -> str:

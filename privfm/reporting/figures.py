@@ -1,16 +1,19 @@
-"""The figures people look for: utility by round, privacy against utility, attack against defense, cost.
+"""The figures people look for: utility by round, privacy against utility, epsilon by round, attacks, cost.
 
 Each is a list of panels as wide as a phone. One whose data is missing has no panels and says why.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
 from privfm.reporting.drawing import Panel, drawing_style
 from privfm.reporting.formats import bytes_text, seconds_text
+from privfm.reporting.noise_lines import NoiseLine, by_unit, noise_lines
 from privfm.reporting.panels import attack_panel, cost_panel, privacy_panel, rounds_panel, utility_curves
+from privfm.reporting.privacy_panels import Curve, epsilon_panel, lines_panel
 from privfm.reporting.summary import Experiment
 
 
@@ -37,8 +40,8 @@ class FigureBlock:
 
 
 def all_figures(experiment: Experiment) -> tuple[FigureBlock, ...]:
-    """The four figures, in the order of the page."""
-    figures = (utility_by_round, privacy_utility, attack_against_defense, cost)
+    """The figures, in the order of the page."""
+    figures = (utility_by_round, privacy_utility, epsilon_by_round, attack_against_defense, cost)
     return tuple(figure(experiment) for figure in figures)
 
 
@@ -62,8 +65,11 @@ def utility_by_round(experiment: Experiment) -> FigureBlock:
 
 
 def privacy_utility(experiment: Experiment) -> FigureBlock:
-    """Utility against epsilon on a log axis, with the federated arm without noise as a line."""
+    """Utility against epsilon on a log axis, with a line for each method, or one for the arm without noise."""
     name, title = "privacy", "Privacy against utility"
+    lines = noise_lines(experiment)
+    if len(lines) > 1:
+        return _methods(experiment, lines, name, title)
     arms = [arm for arm in experiment.private if arm.utility is not None]
     if not arms:
         return FigureBlock(name, title, "", (), (), "no finished arm without an attack has a privacy guarantee")
@@ -77,6 +83,42 @@ def privacy_utility(experiment: Experiment) -> FigureBlock:
         + (" These guarantees differ in what they cover and are not comparable." if len(kinds) > 1 else "")
     )
     return FigureBlock(name, title, caption, ("epsilon.epsilon", "utility"), (panel,))
+
+
+def _methods(experiment: Experiment, lines: Sequence[NoiseLine], name: str, title: str) -> FigureBlock:
+    """One panel a unit, a line a method."""
+    order = list(dict.fromkeys(line.title for line in lines))
+    with drawing_style():
+        panels = tuple(lines_panel(own, order, f"privacy-{unit}") for unit, own in by_unit(lines).items())
+    several = len(experiment.index.seeds) > 1
+    caption = (
+        "Further left is more private; `none` is the same training, clipped but not noised. "
+        + ("Bars run from the least to the greatest seed." if several else "Bars: 95 % interval of the test set.")
+        + (" The panels protect different things, and their epsilons are not comparable." if len(panels) > 1 else "")
+    )
+    return FigureBlock(name, title, caption, ("epsilon.epsilon", "utility"), panels)
+
+
+def epsilon_by_round(experiment: Experiment) -> FigureBlock:
+    """How a guarantee is spent: epsilon of the headline by rounds played; arms with the same curve share a line."""
+    name, title = "epsilon", "Epsilon by round"
+    found: dict[str, dict[Curve, list[str]]] = {}
+    for arm in experiment.private:
+        record, points = arm.epsilon or {}, arm.facts.get("epsilon_curve") or ()
+        curve = tuple((float(played), float(epsilon)) for played, epsilon in points if epsilon and epsilon > 0)
+        if len(curve) > 1:
+            found.setdefault(str(record["unit"]), {}).setdefault(curve, []).append(arm.title)
+    if not found:
+        return FigureBlock(name, title, "", (), (), "no arm recorded how its epsilon grew")
+    with drawing_style():
+        panels = tuple(epsilon_panel(_named(curves), unit, f"epsilon-{unit}") for unit, curves in found.items())
+    caption = "What the rounds so far have cost, by the same accountant as the number at the end."
+    return FigureBlock(name, title, caption, ("epsilon_curve",), panels)
+
+
+def _named(curves: Mapping[Curve, Sequence[str]]) -> list[tuple[str, Curve]]:
+    """Curves with the titles of their arms; where several arms share one, with their number."""
+    return [(titles[0] if len(titles) == 1 else f"({len(titles)} arms)", curve) for curve, titles in curves.items()]
 
 
 def attack_against_defense(experiment: Experiment) -> FigureBlock:

@@ -84,11 +84,11 @@ def rounds_panel(experiment: Experiment, curves: dict[str, Curve], group: str, n
     background = [plain] if plain and plain not in members and plain.arm.name in curves else []
     series: dict[str, int | None] = {arm.arm.name: None for arm in background} | _series_numbers(experiment, members)
     ends = {arm.arm.name: curves[arm.arm.name].end for arm in [*members, *background]}
-    texts = {arm.arm.name: _wrapped(_labelled(arm, ends[arm.arm.name]), 21) for arm in [*members, *background]}
+    texts = {arm.arm.name: wrapped(_labelled(arm, ends[arm.arm.name]), 21) for arm in [*members, *background]}
     inner = max(140.0, sum(map(lines_height, texts.values())) + 4)
     figure, axes = canvas(HEADING + inner + 36, 32, 136, HEADING, 36)
-    heading(figure, group or "All arms", _metric_title(members[0]))
-    factor = _factor(members[0])
+    heading(figure, group or "All arms", metric_title(members[0]))
+    factor = factor_of(members[0])
     axes.set_xlim(0, 1.02 * max(max(curve.mean) for curve in curves.values()))
     axes.set_ylim(*_shared_range(experiment, curves, factor))
     axes.set_xlabel("rounds", color=colour("muted"), fontsize=SMALL, labelpad=2)
@@ -99,7 +99,7 @@ def rounds_panel(experiment: Experiment, curves: dict[str, Curve], group: str, n
         axes.axhline(factor * reference.utility, color=colour("muted"), linewidth=1.2, linestyle=DOTTED)
     for name, curve_series in series.items():
         _draw_curve(axes, curves[name], factor, curve_series)
-    _label_ends(axes, inner, texts, {name: factor * end for name, end in ends.items()}, series)
+    label_ends(axes, inner, texts, {name: factor * end for name, end in ends.items()}, series)
     spoken = "; ".join(_labelled(arm, ends[arm.arm.name]) for arm in members)
     return render(figure, f"rounds{number}", f"Utility by round, {group or 'all arms'}. At the end: {spoken}.")
 
@@ -120,7 +120,7 @@ def _draw_curve(axes: Axes, curve: Curve, factor: float, series: int | None) -> 
     )
 
 
-def _label_ends(
+def label_ends(
     axes: Axes, inner: float, texts: dict[str, str], ends: dict[str, float], series: dict[str, int | None]
 ) -> None:
     """Writes each curve's name beside its end, moved apart where they would overlap, with a line that leads there."""
@@ -141,9 +141,9 @@ def _ink(series: int | None) -> str:
 
 def privacy_panel(experiment: Experiment, arms: Sequence[ArmResult], comparable: bool) -> Panel:
     """Utility by epsilon, the points joined if their guarantees are comparable; the arms without noise as lines."""
-    factor, unit = _factor(arms[0]), str(arms[0].facts.get("utility_unit"))
+    factor, unit = factor_of(arms[0]), str(arms[0].facts.get("utility_unit"))
     figure, axes = canvas(290, 32, 14, HEADING, 40)
-    heading(figure, "Utility by epsilon", _metric_title(arms[0]))
+    heading(figure, "Utility by epsilon", metric_title(arms[0]))
     lines = ((experiment.plain, "without noise", "solid"), (experiment.centralised, "centralised", DOTTED))
     references = [
         (f"{utility_text(arm.utility, unit)} {words}", factor * arm.utility, dash)
@@ -152,7 +152,7 @@ def privacy_panel(experiment: Experiment, arms: Sequence[ArmResult], comparable:
     ]
     points = [(float((arm.epsilon or {})["epsilon"]), factor * (arm.utility or 0.0)) for arm in arms]
     texts = [_labelled(arm, arm.utility or 0.0) for arm in arms]
-    bars = [[factor * end for end in _bar(arm)] for arm in arms]
+    bars = [[factor * end for end in bar_of(arm)] for arm in arms]
     reached = [height for _, height, _ in references] + [end for bar in bars for end in bar]
     room = max(reached) - min(reached) or 1.0
     axes.set_ylim(min(reached) - 0.45 * room, max(reached) + 0.15 * room)
@@ -162,7 +162,7 @@ def privacy_panel(experiment: Experiment, arms: Sequence[ArmResult], comparable:
         write_lines(axes, (0, height), text, ink="muted", shift=(3, 7), across=True)
     style = "o-" if comparable else "o"
     axes.plot(*zip(*points, strict=True), style, color=colour("blue"), markersize=7, linewidth=1.2)
-    for (epsilon, _), bar, text in zip(points, bars, [_wrapped(text, 20) for text in texts], strict=True):
+    for (epsilon, _), bar, text in zip(points, bars, [wrapped(text, 20) for text in texts], strict=True):
         axes.plot([epsilon, epsilon], bar, color=colour("blue"), linewidth=1.4, alpha=0.6)
         write_lines(axes, (epsilon, bar[0]), text, ink="blue", align="center", shift=(22, -6 - lines_height(text) / 2))
     spoken = [f"epsilon {small_number(epsilon)}: {text}" for (epsilon, _), text in zip(points, texts, strict=True)]
@@ -193,7 +193,7 @@ def attack_panel(experiment: Experiment) -> Panel:
     labels = [_named(row, 22 if upright else 15) for row in rows]
     line_height = max(30 if upright else 38, 4 + max(map(lines_height, labels)))
     figure, axes = canvas(top + line_height * len(rows) + 4, 128 if upright else 92, 2, top, 4)
-    heading(figure, "Rule by attack", _metric_title(experiment.attacked[0]))
+    heading(figure, "Rule by attack", metric_title(experiment.attacked[0]))
     axes.set_xlim(0, len(columns))
     axes.set_ylim(len(rows), 0)
     axes.axis("off")
@@ -249,7 +249,7 @@ def _attack_grid(experiment: Experiment) -> tuple[list[str], list[str], dict[Cel
 
 def cost_panel(title: str, amounts: Sequence[tuple[str, float]], write: Callable[[float], str], log: bool) -> Panel:
     """One line an arm. On a log axis dots, not bars: there is no zero for a bar to start from."""
-    labels = [_wrapped(label, 23) for label, _ in amounts]
+    labels = [wrapped(label, 23) for label, _ in amounts]
     heights = [lines_height(label) + 6 for label in labels]
     total = sum(heights)
     figure, axes = canvas(HEADING + total + 8, 142, 58, HEADING, 8)
@@ -297,17 +297,17 @@ def _shared_range(experiment: Experiment, curves: dict[str, Curve], factor: floa
     return factor * (min(values) - margin), factor * (max(values) + margin)
 
 
-def _bar(arm: ArmResult) -> tuple[float, float]:
+def bar_of(arm: ArmResult) -> tuple[float, float]:
     """Ends of an arm's bar: the test set's interval for one seed, least and greatest for several."""
     values = list(arm.utilities.values())
     return utility_interval(arm) or (min(values), max(values))
 
 
-def _factor(arm: ArmResult) -> float:
+def factor_of(arm: ArmResult) -> float:
     return 100.0 if arm.facts.get("utility_unit") == "share" else 1.0
 
 
-def _metric_title(arm: ArmResult) -> str:
+def metric_title(arm: ArmResult) -> str:
     unit = arm.facts.get("utility_unit")
     return f"{arm.facts.get('utility_metric')}, {'%' if unit == 'share' else unit}"
 
@@ -319,8 +319,8 @@ def _labelled(arm: ArmResult, value: float) -> str:
 
 def _named(name: str, width: int) -> str:
     """A class name on lines of at most `width` letters; one that is longer is broken between its words."""
-    return _wrapped(name if len(name) <= width else sub(r"(?<=[a-z])(?=[A-Z])", " ", name), width)
+    return wrapped(name if len(name) <= width else sub(r"(?<=[a-z])(?=[A-Z])", " ", name), width)
 
 
-def _wrapped(text: str, width: int) -> str:
+def wrapped(text: str, width: int) -> str:
     return "\n".join(wrap(text, width)) or " "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,20 @@ from privfm.reporting.formats import (
     spread_text,
     utility_text,
 )
+from privfm.reporting.noise_lines import table_by_epsilon
 from privfm.reporting.robustness import backdoors, worst_cases
 from privfm.reporting.summary import ArmResult, Experiment, paired_difference
 from privfm.reporting.table import Column, ReportTable, TableRow
 
 ADVERSARIES = {
     "released_model": "somebody who sees the released model, not the server",
-    "server": "the server, which sees each round's sealed view and who took part",
+    "server": "the server, which sees everything that it is sent and who took part",
 }
 PLACES = {
     "local": "each client adds noise to its own update",
+    "example": "each client adds noise in every local step, before anything leaves it",
     "central": "the server adds noise and sees the sum without it",
+    "key_holder": "who decrypts adds noise, and sees the sum without it; the server does not",
     "distributed": "the clients' shares of noise add up, so that no one sees the sum without it",
 }
 
@@ -37,7 +41,7 @@ VISIBLE_CHANNEL_ERROR = 1e-3
 
 
 def experiment_tables(folder: Path) -> tuple[ReportTable, ...]:
-    """The tables of an experiment's folder: all arms, and where there were attacks, the worst cases and backdoors.
+    """The tables of an experiment's folder: all arms; methods by epsilon; worst cases and backdoors under attacks.
 
     Raises:
       InvalidArgument: `folder` is not an experiment's.
@@ -48,7 +52,7 @@ def experiment_tables(folder: Path) -> tuple[ReportTable, ...]:
 
 def tables_of(experiment: Experiment) -> tuple[ReportTable, ...]:
     """The tables of an experiment that was read already."""
-    found = (table_of_arms(experiment), worst_cases(experiment), backdoors(experiment))
+    found = (table_of_arms(experiment), table_by_epsilon(experiment), worst_cases(experiment), backdoors(experiment))
     return tuple(table for table in found if table is not None)
 
 
@@ -74,10 +78,13 @@ def table_of_arms(experiment: Experiment) -> ReportTable:
 
 
 def guarantees(experiment: Experiment) -> tuple[str, ...]:
-    """The privacy statement: one paragraph an arm with a guarantee, attacked ones too."""
-    return tuple(
-        epsilon_paragraph(arm.title, record) for arm in experiment.finished if arm.epsilon for record in arm.epsilons
-    )
+    """The privacy statement: one paragraph a record, with all arms that it covers, attacked ones too."""
+    covered: dict[str, tuple[Mapping[str, Any], list[str]]] = {}
+    for arm in experiment.finished:
+        for record in arm.epsilons:
+            same = json.dumps(dict(record), sort_keys=True)
+            covered.setdefault(same, (record, []))[1].append(arm.title)
+    return tuple(epsilon_paragraph("; ".join(titles), record) for record, titles in covered.values())
 
 
 def epsilon_paragraph(title: str, record: Mapping[str, Any]) -> str:
@@ -89,17 +96,18 @@ def epsilon_paragraph(title: str, record: Mapping[str, Any]) -> str:
     """
     adversary, place = str(record["adversary"]), str(record["place"])
     bound = record.get("participation_bound")
-    took_part = "any number of rounds" if bound is None else f"at most {rounds_text(bound)}"
+    took_part = "any number of rounds, drawn in secret" if bound is None else f"at most {rounds_text(bound)}"
     clients, median = record.get("clients"), record.get("median")
     over = ""
     if clients and median is not None:
         over = f" (the largest of {clients:,} clients; the median client: {small_number(median)})"
     whose = "client that takes" if record["unit"] == "client" else "example of a client that takes"
+    words = PLACES.get("example" if record["unit"] == "example" else place)
     return (
         f"{title}: epsilon {small_number(record['epsilon'])} at delta {small_number(record['delta'])} "
         f"after {rounds_text(record['rounds'])}{over}. It covers one {whose} part in {took_part}, "
         f"against {ADVERSARIES.get(adversary, adversary)}; neighbouring data sets: {record['relation']}. "
-        f"Place of the noise: {place}{f' ({PLACES[place]})' if place in PLACES else ''}. "
+        f"Place of the noise: {place}{f' ({words})' if words else ''}. "
         f"Accountant: {record['accountant']}; event: {record['event']}. "
         f"Noise: {record['noise']}. Tuning: {record['tuning']}."
     )

@@ -318,12 +318,12 @@ def test_no_sentence_without_its_arms(tmp_path):
 
 def test_figures_are_whole_svg_for_readers_and_listeners(folder):
     figures = all_figures(Experiment.read(folder))
-    assert [len(figure.panels) for figure in figures] == [5, 1, 1, 2]
+    assert [len(figure.panels) for figure in figures] == [5, 1, 0, 1, 2]
     for panel in (panel for figure in figures for panel in figure.panels):
         root = ElementTree.fromstring(panel.standalone())
         assert root.get("role") == "img" and root.get("aria-label") == panel.label
         assert "<text" in panel.svg and "<style" not in panel.svg and "<image" not in panel.svg
-    assert "TrimmedMean, ALIE: 57.1 %" in figures[2].panels[0].label
+    assert "TrimmedMean, ALIE: 57.1 %" in figures[3].panels[0].label
 
 
 def test_identifiers_are_unique_on_the_page(page):
