@@ -133,6 +133,9 @@ def _sizes(outline: Outline, measurable: bool) -> Iterator[tuple[str, str]]:
         about = "" if exact else "about "
         yield "bytes up", f"{about}{bytes_text(up)} ({up:,.0f}) a client and round"
         yield "bytes down", f"{about}{bytes_text(down)} ({down:,.0f}) a client and round, the model included"
+    if arm.plan is not None and arm.plan.integers is not None and measurable and arm.plan.noise_multiplier > 0:
+        wrapped = arm.plan.integers.wrap_probability(arm.plan.noise_multiplier, d)
+        yield "modulus", f"a round loses a coordinate to it with probability {wrapped:.2g} at most; epsilon is the same"
     yield "server's memory", _memory(arm, d, largest, up)
     attack = arm.attack
     if isinstance(attack, UpdateAttack) and attack.needs is Knows.ROWS:

@@ -31,9 +31,20 @@ def norms(rows: Tensor) -> Tensor:
 def within(rows: Tensor, bound: float) -> Tensor:
     """Rows scaled down to `bound` where they are longer; what is not finite, or too long for a number, is zero."""
     lengths = norms(rows)
-    factor = torch.where(lengths > bound, bound * (1 - margin(rows.dtype)) / lengths, torch.ones_like(lengths))
-    usable = finite(rows)[:, None] & lengths.isfinite()
-    return torch.where(usable, rows * factor.to(rows.dtype), torch.zeros((), dtype=rows.dtype, device=rows.device))
+    return _scaled(
+        rows, torch.where(lengths > bound, bound * (1 - margin(rows.dtype)) / lengths, torch.ones_like(lengths))
+    )
+
+
+def _scaled(rows: Tensor, factor: Tensor) -> Tensor:
+    """Rows `(k, d)` times `factor (k, 1)`, float64; zero where a row is not finite, or its factor has too few digits.
+
+    Below the smallest normal number a factor is rounded by more than the margin allows for.
+    """
+    wide = rows.float() if torch.finfo(rows.dtype).bits < 32 else rows
+    usable = finite(rows)[:, None] & (factor >= torch.finfo(wide.dtype).tiny)
+    scaled = (wide * factor.to(wide.dtype)).to(rows.dtype)
+    return torch.where(usable, scaled, torch.zeros((), dtype=rows.dtype, device=rows.device))
 
 
 @final
@@ -100,9 +111,7 @@ class Automatic(Clipping):
         positive("gamma", self.gamma)
 
     def clip(self, rows: Tensor, bound: float, layers: Spans) -> Tensor:
-        factor = bound * (1 - margin(rows.dtype)) / (norms(rows) + self.gamma)
-        scaled = rows * factor.to(rows.dtype)
-        return torch.where(finite(rows)[:, None], scaled, torch.zeros_like(scaled))
+        return _scaled(rows, bound * (1 - margin(rows.dtype)) / (norms(rows) + self.gamma))
 
 
 @final
@@ -140,6 +149,10 @@ class AdaptiveQuantile(Clipping):
     def clip(self, rows: Tensor, bound: float, layers: Spans) -> Tensor:
         return within(rows, bound)
 
+    def counted(self, cohort: float) -> float:
+        """Deviation of the noise on the count, in clients."""
+        return cohort / 20 if self.count_deviation is None else self.count_deviation
+
     def indicator_weight(self, noise_multiplier: float, cohort: float) -> float:
         """Factor g of the indicator: a client sends `(clipped update, 2 g C (+-1/2))`, of length `C sqrt(1 + g^2)`.
 
@@ -151,7 +164,7 @@ class AdaptiveQuantile(Clipping):
         """
         if noise_multiplier == 0:
             return 1.0  # the count is exact at any weight
-        count = cohort / 20 if self.count_deviation is None else self.count_deviation
+        count = self.counted(cohort)
         spare = 4 * count**2 - noise_multiplier**2
         require(
             spare > 0,

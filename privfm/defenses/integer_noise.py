@@ -114,7 +114,7 @@ class IntegerNoise:
         )
         yield (
             largest is not None and largest < half,
-            f"{name} refuses coordinates beyond {largest:g}, sums are taken modulo 2^{self.modulus_bits}",
+            f"{name} refuses coordinates beyond {largest or 0:g}, sums are taken modulo 2^{self.modulus_bits}",
             exact,
         )
         if noise_multiplier == 0:

@@ -299,7 +299,9 @@ class DPPlan:
         low, high = 0.05, 1e5
         if self.integers is not None:
             low = max(low, self.integers.least_noise_multiplier(d or 1))
-        _, mechanism, times = replace(self, noise_multiplier=max(low, 1.0))._mechanisms(rounds, min(examples, default=None), d)[0]
+        _, mechanism, times = replace(self, noise_multiplier=max(low, 1.0))._mechanisms(
+            rounds, min(examples, default=None), d
+        )[0]
         if (
             isinstance(mechanism, SampledGaussian)
             and mechanism.sample_rate < 1

@@ -8,6 +8,7 @@ from math import inf, isinf, sqrt
 from typing import final
 
 from privfm.contracts import ROOT, Channel, Reveals, Rule
+from privfm.defenses.clipping import AdaptiveQuantile
 from privfm.defenses.integer_noise import IntegerNoise
 from privfm.defenses.mean import Mean
 from privfm.defenses.privacy import DPPlan
@@ -218,7 +219,7 @@ def _plan(arm: Arm, d: int, population: int, examples: int, private_gradients: s
     if plan.unit == "client":
         yield from _few_clients(plan, d, population)
     if plan.noises_the_sum:
-        yield from _sum(arm, plan, d)
+        yield from _sum(arm, plan, d, population)
 
 
 FEWEST_CLIENTS = 10
@@ -237,7 +238,7 @@ def _few_clients(plan: DPPlan, d: int, population: int) -> Iterator[Finding]:
     )
 
 
-def _sum(arm: Arm, plan: DPPlan, d: int) -> Iterator[Finding]:
+def _sum(arm: Arm, plan: DPPlan, d: int, population: int) -> Iterator[Finding]:
     """What noise needs that is made for a sum of clipped updates."""
     name, way, bound = type(arm.rule).__name__, type(arm.channel).__name__, plan.max_grad_norm
     yield (
@@ -267,6 +268,15 @@ def _sum(arm: Arm, plan: DPPlan, d: int) -> Iterator[Finding]:
         f"a clipped update may have a coordinate of {length:g}, {way} refuses beyond {largest}",
         "a channel bound of at least the clip: whether a client refuses would depend on its data",
     )
+    if isinstance(plan.clipping, AdaptiveQuantile):
+        cohort = plan.sample_rate * population
+        least, has = plan.noise_multiplier / 2, plan.clipping.counted(cohort)
+        yield (
+            has <= least,
+            f"clipping counts short updates with noise of {has:g} clients, and half the noise multiplier is {least:g}: "
+            "counting would cost the whole budget",
+            f"count_deviation above {least:g}, or a larger cohort",
+        )
     yield (
         plan.adaptive and largest is not None,
         f"the clip moves, and {way} refuses coordinates beyond {largest}: whether a client refuses depends on its data",

@@ -111,6 +111,8 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
     view, end, skipped, failure = WatchedView(nobody), Conclusion(state, nobody), "", ""
     try:
         view = WatchedView(channel.collect(cohort, intake, traffic.exchange))
+        if view.n < intake.least_answers:  # a channel that did not end the round by itself
+            raise RoundFailed(f"least_answers={intake.least_answers}: {view.n} client(s) answered; nothing is released")
         if arm.weighting == "examples":
             view.client_weights = _shares(federation.clients, view.ids)
         end = concluded(view)
