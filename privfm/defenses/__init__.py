@@ -6,11 +6,9 @@ if __name__ != "privfm.defenses":  # the link at the top of the repository is a 
 from privfm.defenses.adapter_aggregation import AdapterOutcome, NextAdapters, aggregate_adapters, next_adapters
 from privfm.defenses.aggregator import Aggregated, Aggregator
 from privfm.defenses.bulyan import Bulyan
-from privfm.defenses.clipping import AdaptiveQuantile, Automatic, Flat, PerLayer
 from privfm.defenses.clustering_rules import FLAME, ClippedClustering, CosineClustering, SignGuard, flame_noise
 from privfm.defenses.coordinate_rules import CoordinateRule, MeaMed, Median, Phocas, TrimmedMean
 from privfm.defenses.directional_rules import FLTrust, with_root
-from privfm.defenses.example_level import LocalSampling
 from privfm.defenses.foreign import as_rule
 from privfm.defenses.geometry import Change, ProductView
 from privfm.defenses.gram_rules import (
@@ -25,7 +23,6 @@ from privfm.defenses.gram_rules import (
     median_gradient,
 )
 from privfm.defenses.history_rules import FLDetector, FoolsGold
-from privfm.defenses.integer_noise import IntegerNoise
 from privfm.defenses.layerwise_rules import LASA
 from privfm.defenses.mean import Mean
 from privfm.defenses.pre_aggregation import (
@@ -35,7 +32,16 @@ from privfm.defenses.pre_aggregation import (
     NormBound,
     PreAggregation,
 )
-from privfm.defenses.privacy import DPPlan, EpsilonRecord
+from privfm.defenses.privacy import (
+    AdaptiveQuantile,
+    Automatic,
+    DPPlan,
+    EpsilonRecord,
+    Flat,
+    IntegerNoise,
+    LocalSampling,
+    PerLayer,
+)
 from privfm.defenses.sign_rules import RobustLearningRate, SignMajority
 from privfm.defenses.spectral_rules import CovarianceFilter, DivideAndConquer
 from privfm.defenses.subset_rules import SMEA, MinimumDiameterAveraging

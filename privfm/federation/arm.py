@@ -28,7 +28,7 @@ from privfm.contracts import (
 from privfm.defenses.channels import Plaintext
 from privfm.defenses.mean import Mean
 from privfm.defenses.privacy import DPPlan
-from privfm.defenses.releases import QuantileRelease
+from privfm.defenses.privacy.releases import QuantileRelease
 from privfm.defenses.transforms import Chain
 from privfm.federation.optimizers import Average
 from privfm.federation.population import Cyclic, FixedShare, Poisson

@@ -8,10 +8,10 @@ from math import inf, isinf, sqrt
 from typing import final
 
 from privfm.contracts import ROOT, Channel, Reveals, Rule
-from privfm.defenses.clipping import AdaptiveQuantile
-from privfm.defenses.integer_noise import IntegerNoise
 from privfm.defenses.mean import Mean
 from privfm.defenses.privacy import DPPlan
+from privfm.defenses.privacy.clipping import AdaptiveQuantile
+from privfm.defenses.privacy.integer_noise import IntegerNoise
 from privfm.federation.arm import Arm
 from privfm.federation.optimizers import Average
 from privfm.federation.population import FixedSize, Poisson

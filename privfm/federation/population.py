@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from math import ceil, log, sqrt
 from typing import final
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from privfm.checks import at_least, fraction, require
 from privfm.contracts import Clients, Examples, Sampling, State
+from privfm.defenses.privacy.noise import words
 
 
 @final
@@ -192,6 +194,24 @@ def eligible(
     ones = torch.ones_like(ids)
     after = {"count": count.index_add(0, ids, ones), "last": last.index_fill(0, ids, now)}
     return tuple(ids.tolist()), after
+
+
+def drawn_in_secret(sampling: Sampling, population: int, now: int) -> tuple[int, ...]:
+    """A cohort from the operating system's generator: not even who knows the run's seed knows who took part.
+
+    Args:
+      sampling: a plan's.
+      population: number of clients.
+      now: the round.
+    """
+    if isinstance(sampling, Cyclic):
+        return sampling.draw(population, torch.Generator(), now)
+    uniform = torch.from_numpy((words("secure")(population) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    if isinstance(sampling, Poisson):
+        chosen = (uniform < sampling.rate).nonzero()[:, 0]
+    else:  # as many as expected, by the least of distinct numbers
+        chosen = uniform.argsort()[: sampling.largest(population)].sort().values
+    return tuple(chosen.tolist())
 
 
 def no_participations(population: int) -> State:

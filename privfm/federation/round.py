@@ -33,11 +33,11 @@ from privfm.contracts import (
     View,
 )
 from privfm.defenses.directional_rules import with_root
-from privfm.defenses.releases import BOUND, GaussianRelease, QuantileRelease
+from privfm.defenses.privacy.releases import BOUND, GaussianRelease, QuantileRelease
 from privfm.defenses.views import EmptyView, WatchedView
 from privfm.federation.arm import Arm
 from privfm.federation.client_states import ClientStates
-from privfm.federation.population import eligible, lost
+from privfm.federation.population import drawn_in_secret, eligible, lost
 from privfm.federation.record import Record
 from privfm.federation.spaces import Moved, Space
 from privfm.federation.traffic import Traffic
@@ -190,9 +190,12 @@ class Conclusion:
 
 def _drawn(federation: Federation, state: RunState) -> tuple[tuple[int, ...], RunState]:
     """Who is asked in this round, and the state that remembers it; the plan's bounds on participation hold here."""
-    arm, now = federation.arm, state.round
-    drawn = arm.sampling.draw(federation.clients.size, federation.seeds.generator("cohort", now), now)
+    arm, now, population = federation.arm, state.round, federation.clients.size
     plan = arm.plan
+    if plan is not None and plan.source == "secure":
+        drawn = drawn_in_secret(arm.sampling, population, now)
+    else:
+        drawn = arm.sampling.draw(population, federation.seeds.generator("cohort", now), now)
     if plan is None or not plan.bounds_participation:
         return drawn, state
     cohort, joined = eligible(drawn, state.joined, now, plan.max_participations, plan.bands)

@@ -262,7 +262,7 @@ def test_internal_class_by_full_import_path_only(example: str, tmp_path: Path, r
     fields = "noise_multiplier = 1.0, sensitivity = 1.0, denominator = 2.0"
     file.write_text(f'rule = {{class_path = "GaussianRelease", init_args = {{{fields}}}}}')
     assert "'GaussianRelease' is no public" in refused("run", example, "--config", str(file))
-    path = "privfm.defenses.releases.GaussianRelease"
+    path = "privfm.defenses.privacy.releases.GaussianRelease"
     assert repr(read(example, "--rule", path, *words).rule).startswith("GaussianRelease(noise_multiplier=1.0, sens")
 
 

@@ -14,10 +14,10 @@ from scipy.stats import norm
 
 from privfm.checks import InvalidArgument
 from privfm.defenses import DPPlan
-from privfm.defenses.accounting import SampledGaussian, account, event, loose
-from privfm.defenses.clipping import AdaptiveQuantile
-from privfm.defenses.example_level import LocalSampling
-from privfm.defenses.integer_noise import IntegerNoise
+from privfm.defenses.privacy.accounting import SampledGaussian, account, event, loose
+from privfm.defenses.privacy.clipping import AdaptiveQuantile
+from privfm.defenses.privacy.example_level import LocalSampling
+from privfm.defenses.privacy.integer_noise import IntegerNoise
 
 TENTH = DPPlan(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.1, delta=1e-3)
 FULL = replace(TENTH, sample_rate=1.0, sampling="full")
@@ -234,7 +234,7 @@ def test_the_floor_and_the_colluders_are_what_the_noise_is_sized_for():
 @pytest.mark.parametrize(("resolution", "epsilon"), [(2**8, 23.01), (2**12, 19.82), (2**16, 19.80)])
 def test_epsilon_of_skellam_shares(resolution, epsilon):
     """There the deviation of the sum is the clip; a plan's is the sensitivity, which rounding makes longer."""
-    from privfm.defenses.distributed import rounding_bound
+    from privfm.defenses.privacy.distributed import rounding_bound
 
     multiplier = resolution / rounding_bound(resolution, 74_000)
     plan = distributed(20, multiplier, resolution=resolution, noise="skellam")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Generator
 
 from privfm.checks import InvalidArgument
-from privfm.defenses.clipping import AdaptiveQuantile, Automatic, Flat, PerLayer, norms
+from privfm.defenses.privacy.clipping import AdaptiveQuantile, Automatic, Flat, PerLayer, norms
 
 WIDTH = 9
 LAYERS = ((0, 2), (2, 8), (8, 9))

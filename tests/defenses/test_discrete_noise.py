@@ -16,7 +16,7 @@ from torch import Generator
 
 from privfm.checks import InvalidArgument
 from privfm.defenses import discrete_noise
-from privfm.defenses.discrete_noise import discrete_gaussian, skellam
+from privfm.defenses.privacy.discrete_noise import discrete_gaussian, skellam
 
 COUNT = 100_000
 SIGNIFICANCE = 1e-6

@@ -14,7 +14,7 @@ from torch import Generator
 
 from privfm.checks import InvalidArgument
 from privfm.contracts import Encoded, Intake, Reveals
-from privfm.defenses.distributed import (
+from privfm.defenses.privacy.distributed import (
     WRAP_TARGET,
     DistributedNoise,
     rounding_bound,
@@ -25,7 +25,7 @@ from privfm.defenses.distributed import (
     wrap_probability,
     zcdp,
 )
-from privfm.defenses.noise import words
+from privfm.defenses.privacy.noise import words
 
 SIGNIFICANCE = 1e-6
 

@@ -13,8 +13,8 @@ from torch import Generator
 
 from privfm.checks import InvalidArgument
 from privfm.defenses import DPPlan
-from privfm.defenses.clipping import Automatic, Flat, PerLayer
-from privfm.defenses.example_level import ExamplePrivacy, LocalSampling, size_classes
+from privfm.defenses.privacy.clipping import Automatic, Flat, PerLayer
+from privfm.defenses.privacy.example_level import ExamplePrivacy, LocalSampling, size_classes
 
 WIDTH, C = 5, 0.4
 LAYERS = ((0, 2), (2, WIDTH))

@@ -11,8 +11,8 @@ from scipy import stats
 from torch import Generator
 
 from privfm.checks import InvalidArgument
-from privfm.defenses import noise
-from privfm.defenses.noise import (
+from privfm.defenses.privacy import noise
+from privfm.defenses.privacy.noise import (
     STEPS,
     gaussian,
     grid_of,

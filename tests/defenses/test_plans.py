@@ -11,9 +11,9 @@ from torch import Generator
 from privfm.checks import InvalidArgument
 from privfm.defenses import DPPlan, Krum, Mean, TrimmedMean
 from privfm.defenses.channels import CKKS, Plaintext
-from privfm.defenses.clipping import AdaptiveQuantile, Flat, PerLayer
-from privfm.defenses.example_level import LocalSampling
-from privfm.defenses.integer_noise import IntegerNoise
+from privfm.defenses.privacy.clipping import AdaptiveQuantile, Flat, PerLayer
+from privfm.defenses.privacy.example_level import LocalSampling
+from privfm.defenses.privacy.integer_noise import IntegerNoise
 from privfm.defenses.transforms import ClientMomentum
 from privfm.federation import Arm, FixedSize, ProductGeometry, problems
 from privfm.federation.population import Cyclic, FixedShare, Poisson

@@ -12,9 +12,9 @@ import torch
 from torch import Generator
 
 from privfm.defenses import DPPlan, Mean
-from privfm.defenses.accounting import SampledGaussian, account, event
 from privfm.defenses.channels import Plaintext
-from privfm.defenses.clipping import AdaptiveQuantile
+from privfm.defenses.privacy.accounting import SampledGaussian, account, event
+from privfm.defenses.privacy.clipping import AdaptiveQuantile
 from privfm.federation import Adam, Average, visibility
 
 ROOT = Path(__file__).parents[2]

@@ -11,10 +11,10 @@ from torch import Generator
 from privfm.checks import InvalidArgument
 from privfm.contracts import MatrixView, open_updates
 from privfm.defenses import DPPlan
-from privfm.defenses.clipping import AdaptiveQuantile
-from privfm.defenses.correlated_noise import coefficients, sensitivity
-from privfm.defenses.noise import grid_of, secure_deviation
-from privfm.defenses.releases import BOUND, GaussianRelease, QuantileRelease
+from privfm.defenses.privacy.clipping import AdaptiveQuantile
+from privfm.defenses.privacy.correlated_noise import coefficients, sensitivity
+from privfm.defenses.privacy.noise import grid_of, secure_deviation
+from privfm.defenses.privacy.releases import BOUND, GaussianRelease, QuantileRelease
 from privfm.defenses.views import EmptyView
 
 ORACLES = [  # rounds, bands = separation, participations, sensitivity, RMSE * sensitivity: independent, banded

@@ -11,7 +11,7 @@ from torch import Generator
 from privfm.checks import InvalidArgument
 from privfm.contracts import Examples, Sampling
 from privfm.federation import FixedSize, Poisson, Population, choose_malicious
-from privfm.federation.population import lost
+from privfm.federation.population import Cyclic, FixedShare, drawn_in_secret, lost
 
 
 def seeded(seed: int = 0) -> Generator:
@@ -112,3 +112,13 @@ def test_the_attackers_of_a_fixed_cohort_are_hypergeometric() -> None:
     assert FixedSize(9).exceeds(0, 1, 4) == pytest.approx(1.0)
     assert FixedSize(2).exceeds(2, 4, 4) == 0
     assert Poisson(0.5).exceeds(0, 2, 4) == pytest.approx(0.75)
+
+
+def test_secret_cohorts_are_of_their_scheme_and_of_no_seed() -> None:
+    poisson = [drawn_in_secret(Poisson(0.1), 1000, 0) for _ in range(40)]
+    counts = torch.tensor([len(cohort) for cohort in poisson], dtype=torch.float64)
+    assert abs(float(counts.mean()) - 100) < 5 * 9.5 / 40**0.5 and 3 < float(counts.std()) < 20  # binomial: 9.5
+    assert len(set(poisson)) == 40
+    fixed = [drawn_in_secret(FixedShare(0.1), 200, 0) for _ in range(5)]
+    assert {len(set(cohort)) for cohort in fixed} == {20} and len(set(fixed)) == 5
+    assert drawn_in_secret(Cyclic(4), 10, 5) == (1, 5, 9)

@@ -37,11 +37,11 @@ from privfm.contracts import (
 )
 from privfm.defenses import DPPlan
 from privfm.defenses.channels import CKKS, Plaintext
-from privfm.defenses.clipping import AdaptiveQuantile, Automatic, Flat, PerLayer
-from privfm.defenses.correlated_noise import coefficients, sensitivity
-from privfm.defenses.example_level import LocalSampling
-from privfm.defenses.integer_noise import IntegerNoise
-from privfm.defenses.releases import BOUND, GaussianRelease, QuantileRelease
+from privfm.defenses.privacy.clipping import AdaptiveQuantile, Automatic, Flat, PerLayer
+from privfm.defenses.privacy.correlated_noise import coefficients, sensitivity
+from privfm.defenses.privacy.example_level import LocalSampling
+from privfm.defenses.privacy.integer_noise import IntegerNoise
+from privfm.defenses.privacy.releases import BOUND, GaussianRelease, QuantileRelease
 from privfm.defenses.transforms import Clip
 from privfm.engines import Local
 from privfm.federation import Arm, Federation, FixedSize, Population, RunState, load, play, rounds, save, start

@@ -18,7 +18,7 @@ from privfm.checks import BrokenEnvelope, InvalidArgument, RoundFailed, at_least
 from privfm.contracts import KEY_HOLDER, Channel, Exchange, Intake, Memory, Reveals, Update, View
 from privfm.defenses.channels.ckks_parameters import CKKSParameters
 from privfm.defenses.channels.envelope import SERVER, Header, fingerprint, seal, unseal
-from privfm.defenses.noise import secure_deviation, secure_release
+from privfm.defenses.privacy.noise import secure_deviation, secure_release
 from privfm.defenses.views import SumView
 
 _OFF_GRID = 0.25  # steps; 32 standard deviations of the noise of a full sum

@@ -1,25 +1,26 @@
-"""The privacy plan: clip, sampling, noise, denominator and epsilon from one place."""
+"""The plan: clip, sampling, noise, denominator and epsilon from one place."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import ceil, inf, isfinite
+from math import ceil, isfinite
 from typing import TYPE_CHECKING, Literal, final
 
 import torch
 from torch import Generator, Tensor
 
 from privfm.checks import at_least, fraction, non_negative, one_of, positive, require
-from privfm.contracts import Clipping, Encoded, Rule, Spans, State, Transform
-from privfm.defenses.accounting import Mechanism, Relation, SampledGaussian, account, event, least_noise, loose
-from privfm.defenses.clipping import AdaptiveQuantile, Flat
-from privfm.defenses.correlated_noise import sensitivity as correlated_sensitivity
-from privfm.defenses.example_level import ExamplePrivacy, LocalSampling, size_classes
-from privfm.defenses.gaussian_noise import noised
-from privfm.defenses.integer_noise import IntegerNoise
-from privfm.defenses.noise import NoiseSource
-from privfm.defenses.releases import GaussianRelease, QuantileRelease
+from privfm.contracts import Clipping, Rule, Spans, Transform
+from privfm.defenses.privacy.accounting import Relation
+from privfm.defenses.privacy.calibration import calibrated_noise, with_own_noise
+from privfm.defenses.privacy.clipping import AdaptiveQuantile, ClientClip, Flat
+from privfm.defenses.privacy.correlated_noise import sensitivity as correlated_sensitivity
+from privfm.defenses.privacy.example_level import ExamplePrivacy, LocalSampling
+from privfm.defenses.privacy.integer_noise import IntegerNoise
+from privfm.defenses.privacy.noise import NoiseSource, noised
+from privfm.defenses.privacy.releases import GaussianRelease, QuantileRelease
+from privfm.defenses.privacy.statements import EpsilonRecord, Place, described, records
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
@@ -27,76 +28,7 @@ if TYPE_CHECKING:
 LARGEST_EPSILON = 20.0
 """More than this protects nobody: exp(20) is a likelihood ratio of 5e8."""
 
-Place = Literal["central", "key_holder", "local", "distributed"]
 Sampled = Literal["poisson", "fixed_size", "full", "cyclic"]
-Adversary = Literal["released_model", "server"]
-
-
-@final
-@dataclass(frozen=True)
-class EpsilonRecord:
-    """One privacy statement, complete: an epsilon without these fields means nothing.
-
-    Attributes:
-      epsilon: upper bound after `rounds`; infinite without noise. For examples, the largest over all clients.
-      delta: probability with which the bound may fail.
-      unit: what is protected: all data of one client, or one example of a client.
-      place: where the noise is added. `central`: the server sees the sum before the noise, over any channel;
-        `key_holder`: who decrypts adds it; `local`: each client, on its own; `distributed`: all clients together.
-      adversary: who observes. `released_model`: sees every released model, not who took part; `server`: sees all that
-        the server sees, and who took part, so that no sampling of clients amplifies.
-      relation: neighbouring relation.
-      participation_bound: most rounds one client may join; None: amplification by secret sampling instead.
-      rounds: rounds accounted for, skipped ones included.
-      accountant: how epsilon was computed.
-      event: dp-accounting's event, from which anybody can account again.
-      noise: where the noise comes from.
-      tuning: whether the choice of hyperparameters is covered.
-      median: epsilon of the median client, where clients differ; None: it is the same for all.
-      clients: how many clients `epsilon` is the largest of; None: it is the same for all.
-    """
-
-    epsilon: float
-    delta: float
-    unit: Literal["client", "example"]
-    place: Place
-    adversary: Adversary
-    relation: str
-    participation_bound: int | None
-    rounds: int
-    accountant: str
-    event: str
-    noise: str
-    tuning: str
-    median: float | None = None
-    clients: int | None = None
-
-
-@final
-@dataclass(frozen=True)
-class ClientClip(Transform):
-    """The last client step under a client-level plan; an attacker skips it.
-
-    Args:
-      clipping: how.
-      bound: L2 bound of a whole update.
-      layers: columns of each layer.
-    """
-
-    clipping: Clipping
-    bound: float
-    layers: Spans
-    additive = True
-
-    @property
-    def similarity(self) -> float | None:
-        return 1.0
-
-    def norm_bound(self, bound: float, d: int) -> float:
-        return min(bound, self.bound) if isinstance(self.clipping, Flat) else self.bound
-
-    def encode(self, rows: Tensor, state: State, generators: Sequence[Generator]) -> tuple[Encoded, State]:
-        return Encoded(self.clipping.clip(rows, self.bound, self.layers), {}), state
 
 
 @final
@@ -288,44 +220,9 @@ class DPPlan:
         require(epsilon <= LARGEST_EPSILON, f"epsilon={epsilon!r}: expected at most {LARGEST_EPSILON:g}")
         if own_noise:
             require(self.unit == "example", "own_noise: only clients that protect examples add their own")
-            return self._with_own_noise(epsilon, rounds, examples)
+            return with_own_noise(self, epsilon, rounds, examples)
         base = replace(self, local=self.local and replace(self.local, noise_by_examples=()))
-        return replace(base, noise_multiplier=base._least_noise(epsilon, rounds, examples, d))
-
-    def _least_noise(self, epsilon: float, rounds: int, examples: Sequence[int], d: int | None) -> float:
-        def tight(noise: float) -> float:
-            return replace(self, noise_multiplier=noise).epsilon(rounds, examples=examples, d=d)
-
-        low, high = 0.05, 1e5
-        if self.integers is not None:
-            low = max(low, self.integers.least_noise_multiplier(d or 1))
-        _, mechanism, times = replace(self, noise_multiplier=max(low, 1.0))._mechanisms(
-            rounds, min(examples, default=None), d
-        )[0]
-        if (
-            isinstance(mechanism, SampledGaussian)
-            and mechanism.sample_rate < 1
-            and mechanism.amplification == "poisson"
-        ):
-            # RDP is 8 to 18 % looser than PLD, so it gives an upper end; replacing one costs up to twice the noise.
-            high = least_noise(
-                lambda z: loose(replace(mechanism, noise_multiplier=z), times, self.delta), epsilon, 0.05, 1e4
-            )
-            low = 0.75 * high
-            high = 2.1 * high if mechanism.relation == "replace-one" else high
-            high = 1.5 * high if len(set(examples)) > 1 else high  # another client than the smallest may need more
-        return least_noise(tight, epsilon, low, high)
-
-    def _with_own_noise(self, epsilon: float, rounds: int, examples: Sequence[int]) -> DPPlan:
-        local = _given(self.local)
-        shared = replace(self, local=replace(local, noise_by_examples=()))
-        table = []
-        for least, most in size_classes(examples):  # the class's highest rate with its most steps: enough for all of it
-            strict = LocalSampling(local.batch_size, local_steps=max(local.steps(least), local.steps(most)))
-            noise = replace(shared, local=strict).with_epsilon(epsilon, rounds, [least]).noise_multiplier
-            table.append((least, noise))
-        most_noise = max(noise for _, noise in table)
-        return replace(self, noise_multiplier=most_noise, local=replace(local, noise_by_examples=tuple(table)))
+        return replace(base, noise_multiplier=calibrated_noise(base, epsilon, rounds, examples, d))
 
     # What a round does
 
@@ -343,6 +240,13 @@ class DPPlan:
     def bounds_participation(self) -> bool:
         """Whether anybody must count how often clients take part."""
         return self.max_participations is not None or self.bands > 1
+
+    @property
+    def local_sampling(self) -> LocalSampling:
+        """Batches and steps of a client, under a plan for examples."""
+        if self.local is None:
+            raise TypeError("a plan for whole clients has no local sampling")
+        return self.local
 
     @property
     def adaptive(self) -> bool:
@@ -380,7 +284,7 @@ class DPPlan:
         """What local training is given; None where clients are protected as a whole."""
         if self.unit == "client":
             return None
-        clipping, local = self.clipping or Flat(), _given(self.local)
+        clipping, local = self.clipping or Flat(), self.local_sampling
         return ExamplePrivacy(clipping, self.max_grad_norm, self.noise_multiplier, local, layers, self.source)
 
     def release(self, sensitivity: float, population: int, active: Tensor | None = None) -> Rule:
@@ -450,115 +354,13 @@ class DPPlan:
           examples: how many each client holds; needed for examples.
           d: trained values; needed for distributed noise.
         """
-        at_least("after", after, 0)
-        if self.unit == "example":
-            return (self._of_examples(after, examples),)
-        found = self._mechanisms(after, None, d)
-        return tuple(self._statement(after, *each, account(*each[1:], self.delta)) for each in found)
+        return records(self, after, examples, d)
 
     def event(self, after: int, examples: Sequence[int] = (), d: int | None = None) -> DpEvent | str:
         """dp-accounting's description of what `record` accounts for; words where it has none."""
-        worst = self._worst(after, examples) if self.unit == "example" else None
-        _, mechanism, times = self._mechanisms(after, worst, d)[0]
-        return event(mechanism, times)
-
-    def _of_examples(self, after: int, examples: Sequence[int]) -> EpsilonRecord:
-        """The largest over all clients, and the median beside it."""
-        adversary, mechanism, times = self._mechanisms(after, self._worst(after, examples), None)[0]
-        by_rough = sorted(examples, key=lambda n: self._rough(*self._mechanisms(after, n, None)[0][1:]))
-        middle = self._mechanisms(after, by_rough[len(examples) // 2], None)[0]
-        statement = self._statement(after, adversary, mechanism, times, account(mechanism, times, self.delta))
-        return replace(statement, median=account(*middle[1:], self.delta)[0], clients=len(examples))
-
-    def _worst(self, after: int, examples: Sequence[int]) -> int:
-        """Size of a client with the largest epsilon; only those that may have it are accounted exactly."""
-        require(len(examples) > 0, "examples=(): each client composes its own sampling rate; give all sizes")
-        mechanisms = {n: self._mechanisms(after, n, None)[0][1:] for n in sorted(set(examples))}
-        rough = {n: self._rough(*mechanism) for n, mechanism in mechanisms.items()}
-        worst, largest = 0, -inf
-        for n in sorted(rough, key=lambda n: -rough[n]):
-            if rough[n] <= largest:  # an upper bound: nobody from here on can be above
-                break
-            epsilon = account(*mechanisms[n], self.delta)[0]
-            worst, largest = (n, epsilon) if epsilon > largest else (worst, largest)
-        return worst
-
-    def _rough(self, mechanism: Mechanism, times: int) -> float:
-        """A fast upper bound."""
-        if isinstance(mechanism, SampledGaussian):
-            if mechanism.poisson and mechanism.relation != "replace-one" and mechanism.noise_multiplier > 0:
-                return loose(mechanism, times, self.delta) if times else 0.0
-            mechanism = mechanism.alone
-        return account(mechanism, times, self.delta)[0]
-
-    def _statement(
-        self, after: int, adversary: Adversary, mechanism: Mechanism, times: int, accounted: tuple[float, str]
-    ) -> EpsilonRecord:
-        amplified = self.unit == "client" and isinstance(mechanism, SampledGaussian) and mechanism.sample_rate < 1
-        fixed = isinstance(mechanism, SampledGaussian) and mechanism.effective_relation != self.relation
-        relation = f"{'replace-one (a cohort of fixed size)' if fixed else self.relation}, public N"
-        return EpsilonRecord(
-            epsilon=accounted[0],
-            delta=self.delta,
-            unit=self.unit,
-            place=self.place,
-            adversary=adversary,
-            relation=relation,
-            participation_bound=None if amplified else self.participations(after),
-            rounds=after,
-            accountant=accounted[1],
-            event=str(event(mechanism, times)),
-            noise=self._noise(),
-            tuning="excludes tuning",
-        )
-
-    def _noise(self) -> str:
-        if self.simulated_population is not None:
-            return f"scaled to a population of {self.simulated_population:,}: no guarantee for this run"
-        if self.source == "secure":
-            return "secure: from the operating system's generator, on a grid; no seed is kept"
-        return "simulated: no guarantee if the seed is known"
+        return described(self, after, examples, d)
 
     def participations(self, after: int) -> int:
         """Most rounds, of `after`, that one client can have joined."""
         joined = ceil(after * self.sample_rate - 1e-9) if self.sampling == "cyclic" else after
         return joined if self.max_participations is None else min(joined, self.max_participations)
-
-    def _mechanisms(self, after: int, examples: int | None, d: int | None) -> list[tuple[Adversary, Mechanism, int]]:
-        """Who observes which mechanism how often."""
-        joined = self.participations(after)
-        if self.unit == "example":
-            local = _given(self.local)
-            require(examples is not None, "examples=(): each client composes its own sampling rate; give all sizes")
-            n = examples or 1
-            own = SampledGaussian(local.noise(n, self.noise_multiplier), local.rate(n), "poisson", self.relation)
-            return [("server", own, joined * local.steps(n))]
-        if self.integers is not None:
-            require(d is not None, "d=None: rounding to a grid costs more in more dimensions; give the trained values")
-            return [("server", self.integers.mechanism(self.noise_multiplier, d or 1), joined)]
-        bare = SampledGaussian(self.noise_multiplier, relation=self.relation)
-        if self.place == "local":
-            return [("server", bare, joined)]
-        if self.bands > 1:  # all rounds are one mechanism, sized for `max_participations`
-            return [("released_model", bare, min(joined, 1))]
-        secret = self.sampling in {"poisson", "fixed_size"} and joined == after
-        if secret:
-            kind: Literal["poisson", "fixed_size"] = "poisson" if self.sampling == "poisson" else "fixed_size"
-            released: tuple[Adversary, Mechanism, int] = (
-                "released_model",
-                replace(bare, sample_rate=self.sample_rate, amplification=kind),
-                after,
-            )
-        else:
-            released = ("released_model", self._unsampled(bare), joined)
-        return [released] if self.place == "central" else [("server", self._unsampled(bare), joined), released]
-
-    def _unsampled(self, bare: SampledGaussian) -> SampledGaussian:
-        """Whoever knows who took part: with a cohort of fixed size, one more client is another one less."""
-        return replace(bare, relation="replace-one") if self.sampling == "fixed_size" else bare
-
-
-def _given(local: LocalSampling | None) -> LocalSampling:
-    if local is None:
-        raise TypeError("a plan for examples without local sampling")  # refused when the plan was made
-    return local

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import asinh, ceil, exp, log, pi, sqrt
-from typing import Literal, final
+from typing import TYPE_CHECKING, Literal, final
 
 import numpy as np
 import torch
@@ -27,9 +27,11 @@ from torch import Generator, Tensor
 
 from privfm.checks import at_least, one_of, positive, require
 from privfm.contracts import Encoded, State, Transform
-from privfm.defenses.channels import CKKS
-from privfm.defenses.discrete_noise import Words, discrete_gaussian, skellam
-from privfm.defenses.noise import NoiseSource, words
+from privfm.defenses.privacy.discrete_noise import Words, discrete_gaussian, skellam
+from privfm.defenses.privacy.noise import NoiseSource, words
+
+if TYPE_CHECKING:
+    from privfm.defenses.channels import CKKS
 
 Mechanism = Literal["discrete_gaussian", "skellam"]
 
@@ -319,6 +321,8 @@ class DistributedNoise(Transform):
         Raises:
           InvalidArgument: fewer answers than survivors, or a sum that no ring holds.
         """
+        from privfm.defenses.channels import CKKS
+
         at_least("smallest_release", smallest_release, self.survivors)
         bits = self.modulus_bits - 1
         return CKKS(bound=2.0**bits, clients=self.clients, bits=bits, smallest_release=smallest_release)

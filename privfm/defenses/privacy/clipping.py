@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, sqrt
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from privfm.blocks import finite
 from privfm.checks import fraction, one_of, positive, require
-from privfm.contracts import Clipping, Spans
-
-MARGIN = 2.0**-20
-"""Rows are cut a millionth short of the bound, so that float32 rounding cannot end beyond it."""
+from privfm.contracts import Clipping, Encoded, Spans, State, Transform
+from privfm.contracts.transforms import MARGIN
 
 
 def margin(dtype: torch.dtype) -> float:
@@ -123,7 +122,8 @@ class AdaptiveQuantile(Clipping):
     noised and paid for with the rest: `indicator_weight` says how. From the noisy share b of clients below the bound,
     `C <- C exp(-rate (b - quantile))`: the bound falls while too many are below it.
 
-    The bounds of all rounds are part of what is released. The plan's `max_grad_norm` is the first one.
+    Zero-out takes a whole row away, the number included: it is a client that is not there, not one whose update is zero
+    and counts as short. The bounds of all rounds are part of what is released; the plan's `max_grad_norm` is the first.
 
     Args:
       quantile: share of clients that are to stay below the bound.
@@ -176,3 +176,30 @@ class AdaptiveQuantile(Clipping):
     def next_bound(self, bound: float, share: float) -> float:
         """The bound after a round in which the noisy `share` of clients stayed below it."""
         return bound * exp(-self.rate * (share - self.quantile))
+
+
+@final
+@dataclass(frozen=True)
+class ClientClip(Transform):
+    """The last client step under a client-level plan; an attacker skips it.
+
+    Args:
+      clipping: how.
+      bound: L2 bound of a whole update.
+      layers: columns of each layer.
+    """
+
+    clipping: Clipping
+    bound: float
+    layers: Spans
+    additive = True
+
+    @property
+    def similarity(self) -> float | None:
+        return 1.0
+
+    def norm_bound(self, bound: float, d: int) -> float:
+        return min(bound, self.bound) if isinstance(self.clipping, Flat) else self.bound
+
+    def encode(self, rows: Tensor, state: State, generators: Sequence[Generator]) -> tuple[Encoded, State]:
+        return Encoded(self.clipping.clip(rows, self.bound, self.layers), {}), state

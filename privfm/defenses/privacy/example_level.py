@@ -14,8 +14,7 @@ from torch import Generator, Tensor
 
 from privfm.checks import at_least, non_negative, require
 from privfm.contracts import Clipping, GradientPrivacy, Spans
-from privfm.defenses.gaussian_noise import noised
-from privfm.defenses.noise import NoiseSource, words
+from privfm.defenses.privacy.noise import NoiseSource, noised, words
 
 LARGEST_CLASSES = 16
 """Classes of sizes that get noise of their own: each costs a calibration of some seconds."""

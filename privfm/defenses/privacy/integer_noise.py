@@ -9,8 +9,8 @@ from typing import Literal, final
 
 from privfm.checks import at_least, one_of, require
 from privfm.contracts import Channel
-from privfm.defenses.accounting import RDP_ORDERS, Concentrated, Mechanism, RenyiCurve
-from privfm.defenses.distributed import (
+from privfm.defenses.privacy.accounting import RDP_ORDERS, Concentrated, Mechanism, RenyiCurve
+from privfm.defenses.privacy.distributed import (
     SMALLEST_SHARE,
     WRAP_TARGET,
     DistributedNoise,
@@ -20,7 +20,7 @@ from privfm.defenses.distributed import (
     wrap_probability,
     zcdp,
 )
-from privfm.defenses.noise import NoiseSource
+from privfm.defenses.privacy.noise import NoiseSource
 
 
 @final

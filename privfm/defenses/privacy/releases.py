@@ -11,10 +11,9 @@ from torch import Generator, Tensor
 
 from privfm.checks import at_least, non_negative, positive
 from privfm.contracts import Outcome, Reveals, Rule, State, View
-from privfm.defenses.clipping import AdaptiveQuantile
-from privfm.defenses.correlated_noise import coefficients
-from privfm.defenses.gaussian_noise import noised, on_grid
-from privfm.defenses.noise import NoiseSource
+from privfm.defenses.privacy.clipping import AdaptiveQuantile
+from privfm.defenses.privacy.correlated_noise import coefficients
+from privfm.defenses.privacy.noise import NoiseSource, noised, on_grid
 
 BOUND = "bound"
 """Entry of a release's state for the clip of the next round, where it changes."""
