@@ -12,7 +12,7 @@ import pytest
 
 from privfm.cli import main
 from privfm.defenses import DPPlan, LocalSampling
-from privfm.defenses.correlated_noise import coefficients, sensitivity
+from privfm.defenses.privacy.correlated_noise import coefficients, sensitivity
 
 PAGE = Path(__file__).parent.parent / "docs" / "differential_privacy.md"
 TEXT = PAGE.read_text(encoding="utf-8")

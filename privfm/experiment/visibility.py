@@ -20,7 +20,7 @@ SUMMARY: dict[str, Visibility] = {
         (
             "arm", "title", "kind", "utility_metric", "utility_n", "utility_unit", "higher_is_better",
             "trivial_utility", "rule_name", "channel_name", "attack_name", "attack_knowledge", "trained_values",
-            "clients", "cohort_expected", "client_examples", "training_engine",
+            "clients", "cohort_expected", "client_examples",
         ),
         "public",
     ),

@@ -25,12 +25,15 @@ from privfm.contracts import (
 )
 from privfm.learning.batched import BatchedDescent, prepared
 from privfm.learning.one_step import OneStep
-from privfm.learning.per_example import problems_for
+from privfm.learning.per_example import ALONE, ALONE_ROUGHLY, mixes_examples, problems_for
 from privfm.learning.private_steps import MatrixSteps
 from privfm.learning.training import Descent
 from privfm.learning.trunk import trimmed
 from privfm.learning.workbench import Workbench
 from privfm.randomness import seeded
+
+_AWAY = 0.02
+"""Whether examples see each other is asked away from the initial weights: a head of zeros would hide it."""
 
 
 @final
@@ -72,6 +75,7 @@ class ModelLearner(Learner):
         self.bench, self.splits, self.training, self.label_mix = bench, splits, training, label_mix
         self._batch_size, self._autocast = batch_size, autocast
         self._batched: BatchedDescent | None = None
+        self._mixes: bool | None = None  # not yet asked
         self.engine_note = "sequential: as asked"
         if engine == "batched":
             self._batched, self.engine_note = self._engine(tokens)
@@ -109,7 +113,32 @@ class ModelLearner(Learner):
         if not isinstance(self.training, Descent):
             kind = type(self.training).__name__
             return f"{kind} does not show its steps, so that no example's gradient can be clipped; use SGD or AdamW"
-        return "; ".join(problems_for(self.bench.module))
+        problems = problems_for(self.bench.module)
+        if not problems and self._mixing():
+            name = type(self.bench.module).__name__
+            problems = [f"an example's loss in {name} depends on the others of its batch: no gradient is its own"]
+        return "; ".join(problems)
+
+    def _mixing(self) -> bool:
+        """Whether examples see each other, or padding to one another's length, in the model's own code; asked once.
+
+        Activations that are kept would hide what the blocks below do with a batch, so that none are used. A model that
+        has no gradients at all raises here: in private training an example that raises is one of zeros.
+        """
+        if self._mixes is None:
+            bench = self.bench
+            away = torch.randn(self.d, generator=Generator().manual_seed(0))  # a check, the same every time
+            bench.load(bench.initial + _AWAY * away)
+            order = _by_length(bench.everything)  # the shortest is padded most
+            places = torch.cat([order[:1], order[len(order) // 2 :][:1], order[-1:]])
+            few = bench.everything.take(torch.unique(places))
+            whole = Examples(few.inputs, few.labels)
+            loss = bench.losses(whole.take(torch.zeros(1, dtype=torch.int64))).sum()
+            torch.autograd.grad(loss, list(bench.parameters.values()), allow_unused=True)
+            half = any(p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in bench.module.parameters())
+            rough = half or bench.device.type != "cpu"
+            self._mixes = mixes_examples(bench.losses, whole, ALONE_ROUGHLY if rough else ALONE)
+        return self._mixes
 
     def train(
         self,

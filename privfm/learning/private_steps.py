@@ -93,18 +93,43 @@ class MatrixSteps:
 
     def _private(self, examples: Examples, places: Tensor, privacy: GradientPrivacy) -> Tensor:
         """Sum of clipped gradients, `(1, d)`; zero for an empty batch."""
-        from privfm.learning.per_example import per_example_gradients
-
         d = self._layout.d
         if len(places) == 0:
             return torch.zeros(1, d, device=next(iter(self._parameters.values())).device)
-        found = per_example_gradients(self._module, self._parameters, self._losses, examples.take(places), self._layout)
+        found = self._each(examples.take(places))
         if found.shape != (len(places), d):
             raise PrivacyBroken(
                 f"gradients of {len(places)} examples have shape {tuple(found.shape)}, expected ({len(places)}, {d}): "
                 "some trained value got none of its own"
             )
-        return privacy.clip(self._masked(found)).sum(0, keepdim=True)
+        # In float64, so that the order of the sum, rounded once, does not show: secure noise is made for that.
+        return privacy.clip(self._masked(found)).sum(0, keepdim=True, dtype=torch.float64).to(found)
+
+    def _each(self, examples: Examples) -> Tensor:
+        """The gradient of every example, `(b, d)`.
+
+        An example that raises is a row of zeros, like one whose gradient is not finite: were its client lost, who
+        answers would tell of it. What the machine cannot do is nobody's data, and raises.
+        """
+        from privfm.learning.per_example import per_example_gradients
+
+        def gradients(some: Examples) -> Tensor:
+            return per_example_gradients(self._module, self._parameters, self._losses, some, self._layout)
+
+        try:
+            return gradients(examples)
+        except PrivacyBroken:
+            raise
+        except Exception:  # whatever one example makes the model raise
+            rows = torch.zeros(len(examples), self._layout.d, device=next(iter(self._parameters.values())).device)
+        for place, row in enumerate(rows):
+            try:
+                row.copy_(gradients(examples.take(torch.tensor([place])))[0])
+            except (PrivacyBroken, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:
+                row.zero_()
+        return rows
 
     def _masked(self, gradients: Tensor) -> Tensor:
         return gradients if self._kept is None else gradients.masked_fill(self._kept.to(gradients.device), 0.0)

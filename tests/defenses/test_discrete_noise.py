@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Generator
 
 from privfm.checks import InvalidArgument
-from privfm.defenses import discrete_noise
+from privfm.defenses.privacy import discrete_noise
 from privfm.defenses.privacy.discrete_noise import discrete_gaussian, skellam
 
 COUNT = 100_000

@@ -180,7 +180,7 @@ def test_a_class_is_calibrated_at_its_highest_rate_and_its_most_steps(monkeypatc
         asked.append((plan.local, *examples))
         return float(len(asked))
 
-    monkeypatch.setattr(DPPlan, "_least_noise", noted)
+    monkeypatch.setattr("privfm.defenses.privacy.plan.calibrated_noise", noted)
     local = LocalSampling(batch_size=8)
     plan = DPPlan(9.0, 1.0, 1.0, 1e-3, unit="example", place="local", sampling="full", local=local)
     sizes = [n for first in (30, 60) for n in range(first, first + 17)]

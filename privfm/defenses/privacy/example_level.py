@@ -51,6 +51,7 @@ class LocalSampling:
 
     def rate(self, examples: int) -> float:
         """Probability that an example of a client that holds so many is in a batch."""
+        at_least("examples", examples, 1)
         return min(1.0, self.batch_size / examples)
 
     def steps(self, examples: int) -> int:
@@ -124,6 +125,6 @@ class ExamplePrivacy(GradientPrivacy):
         rows = []
         for total, n, generator in zip(sums, examples, generators, strict=True):
             noise = self.local.noise(n, self.noise_multiplier)
-            noisy = noised(total, noise, self.max_grad_norm, self.source, generator)
+            noisy = noised(total, noise, self.max_grad_norm, self.source, generator, terms=n)
             rows.append(noisy / (self.local.rate(n) * n))
         return torch.stack(rows).to(sums)

@@ -136,6 +136,11 @@ class DPPlan:
         if self.unit == "example":
             require(self.place == "local", f"place={self.place!r}: gradients of examples are noised by clients; local")
             require(self.local is not None, "local=None: examples need a batch size and a number of local steps")
+            require(
+                self.relation != "add-or-remove",
+                "relation='add-or-remove': how many examples a client holds sets its rate, its steps and its "
+                "denominator, so that it is public; use zero-out or replace-one",
+            )
             require(self.weight_cap is None, f"weight_cap={self.weight_cap}: examples are bounded, not clients")
             return
         require(self.local is None, f"local={self.local}: clients train as they like, only unit='example' needs it")

@@ -215,8 +215,9 @@ class BatchedDescent:
 
     def _gradients(self, terms: _Terms, weights: Tensor, now: int) -> Tensor:
         """Of the first k clients' batches, `(k, d)`: mean gradients, or under a plan sums of clipped gradients."""
-        total = torch.zeros_like(weights)
         privacy = terms.privacy
+        # Sums that are noised are rounded once: secure noise is made for that.
+        total = torch.zeros_like(weights, dtype=weights.dtype if privacy is None else torch.float64)
         sizes = [len(client.batches[now]) for client in terms.clients[: len(weights)]]
         for rows in self._passes(terms, now, private=privacy is not None):
             scale = None if privacy is not None else torch.tensor([1 / sizes[row.client] for row in rows])
@@ -229,8 +230,8 @@ class BatchedDescent:
             clipped = privacy.clip(found)
             of = torch.tensor([row.client for row in rows], device=clipped.device)
             for place in dict.fromkeys(row.client for row in rows):  # sums of slices are the same every time
-                total[place] += clipped[of == place].sum(0)
-        return total
+                total[place] += clipped[of == place].sum(0, dtype=torch.float64)
+        return total.to(weights)
 
     def _passes(self, terms: _Terms, now: int, private: bool) -> Iterator[list[_Row]]:
         """The rows of a step in passes of at most `tokens` tokens, each sorted by length; a row of more goes alone."""
