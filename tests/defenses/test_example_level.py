@@ -123,10 +123,10 @@ def test_the_denominator_is_the_expected_batch():
 
 
 def fits(noise, deviation):
-    """Chi-square on the scale and Kolmogorov-Smirnov on the form, each at 0.1 %, two-sided."""
+    """Chi-square on the scale and Kolmogorov-Smirnov on the form, each at 1e-7, two-sided: secure noise has no seed."""
     normal = (noise.double() / deviation).numpy()
     tail = float(chi2.cdf((normal**2).sum(), len(normal)))
-    return 5e-4 < tail < 1 - 5e-4 and float(kstest(normal, "norm").pvalue) > 1e-3
+    return 5e-8 < tail < 1 - 5e-8 and float(kstest(normal, "norm").pvalue) > 1e-7
 
 
 @pytest.mark.parametrize("source", ["seeded", "secure"])
@@ -139,7 +139,7 @@ def test_every_client_is_noised_by_its_scale_and_no_other(source):
         assert fits(row, 1.5 * C / batch)
         assert not any(fits(row, 1.5 * C / batch * wrong) for wrong in (0.5, 0.9, 1.1, 2.0))
     correlations = torch.corrcoef(noise) - torch.eye(3)
-    assert float(correlations.abs().max()) < 4.5 / sqrt(8000)
+    assert float(correlations.abs().max()) < 6.5 / sqrt(8000)
 
 
 def test_steps_draw_fresh_noise():
