@@ -114,14 +114,15 @@ def _statement(plan: DPPlan, after: int, observed: Observed) -> EpsilonRecord:
     epsilon, accountant = account(mechanism, times, plan.delta)
     amplified = plan.unit == "client" and isinstance(mechanism, SampledGaussian) and mechanism.sample_rate < 1
     fixed = isinstance(mechanism, SampledGaussian) and mechanism.effective_relation != plan.relation
-    relation = f"{'replace-one (a cohort of fixed size)' if fixed else plan.relation}, public N"
+    relation = "replace-one (a cohort of fixed size)" if fixed else plan.relation
+    known = "over the denominator of a public N" if relation == "add-or-remove" else "public N"
     return EpsilonRecord(
         epsilon=epsilon,
         delta=plan.delta,
         unit=plan.unit,
         place=plan.place,
         adversary=adversary,
-        relation=relation,
+        relation=f"{relation}, {known}",
         participation_bound=None if amplified else plan.participations(after),
         rounds=after,
         accountant=accountant,
