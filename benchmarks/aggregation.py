@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from benchmarks import timing
 from benchmarks.peers import RADIUS, Call, Peer, found
 from privfm.contracts import Rule
 from privfm.defenses import CenteredClipping, Krum, Mean, MultiKrum, TrimmedMean
@@ -90,18 +91,12 @@ def main(arguments: list[str] | None = None) -> None:
     peers = found()
     # Memory first: a child forked after a parallel sum inherits threads that are not there.
     for line in [line for case in cases for line in memory(case, peers)]:
-        write(line)
+        timing.write(line)
     for case in cases:
         rows = case.make()
         for name in RULES:
             for line in speed(case, rows, name, peers, repeats):
-                write(line)
-
-
-def write(line: dict[str, Any]) -> None:
-    """One JSON line on standard output."""
-    sys.stdout.write(json.dumps(line) + "\n")
-    sys.stdout.flush()
+                timing.write(line)
 
 
 def speed(case: Case, rows: Tensor, name: str, peers: list[Peer], repeats: int) -> Iterator[dict[str, Any]]:
@@ -148,17 +143,12 @@ def interleaved(
             except Exception as error:  # a peer's; ours is raised
                 if name == "ours":
                     raise
-                failures[name] = f"{type(error).__name__}: {first_line(error)}"
+                failures[name] = timing.reason(error)
                 continue
             spent = clock() - start
             if repeat or spent > PATIENCE:
                 seconds[name].append(spent)
     return seconds, results
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, cut to one short line."""
-    return (str(error).strip().partition("\n")[0])[:160]
 
 
 def difference(case: Case, name: str, peer: str, ours: Tensor, theirs: Tensor) -> dict[str, Any]:
@@ -228,20 +218,7 @@ def record(  # noqa: PLR0917 (the columns, in their order)
     ours: float, theirs: float | None, target: float | None, reason: str = "",
 ) -> dict[str, Any]:  # fmt: skip
     """One line."""
-    ratio = theirs / ours if theirs and ours else None
-    line = {
-        "benchmark": "aggregation",
-        "case": f"{name} {case}",
-        "peer": peer,
-        "metric": metric,
-        "unit": unit,
-        "ours": ours,
-        "theirs": theirs,
-        "ratio": ratio,
-        "target": target,
-        "met": None if ratio is None or target is None else ratio >= target,
-    }
-    return line if theirs is not None else line | {"reason": reason}
+    return timing.line("aggregation", f"{name} {case}", peer, metric, unit, ours, theirs, target, reason)
 
 
 if __name__ == "__main__":

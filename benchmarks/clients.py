@@ -217,7 +217,7 @@ def _says(size: tuple[int, int, int, int]) -> str:
 
 def _flower(layers: tuple[int, ...] | None, quick: bool, threads: int, turns: int) -> tuple[list[Spent], Tensor]:
     if quick:
-        raise NotImplementedError(NOT_QUICK)
+        raise RuntimeError(NOT_QUICK)
     return flower(layers, turns, threads)
 
 

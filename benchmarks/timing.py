@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.aggregation import first_line
+from privfm.checks import first_line
 
 DEADLINE = 120  # seconds a child may take
 
@@ -62,7 +62,7 @@ def interleaved(
 
 def reason(error: Exception) -> str:
     """What an error was, on one short line."""
-    return f"{type(error).__name__}: {first_line(error)}"
+    return f"{type(error).__name__}: {first_line(error)[:160]}"
 
 
 def seconds(spent: list[Spent], clock: str) -> float | None:

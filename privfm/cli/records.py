@@ -10,16 +10,9 @@ from typing import Any
 
 from privfm.checks import BrokenCheckpoint, require
 from privfm.cli.errors import DONE, REFUSED, say
+from privfm.cli.explain import public_classes
 from privfm.cli.options import parser_for, values
-from privfm.defenses import (
-    AdaptiveQuantile,
-    Automatic,
-    DPPlan,
-    Flat,
-    IntegerNoise,
-    LocalSampling,
-    PerLayer,
-)
+from privfm.defenses import DPPlan, IntegerNoise, LocalSampling
 from privfm.experiment import visibility
 from privfm.reporting import RunFolder, epsilon_paragraph, experiment_tables, export_released, show, write_report
 from privfm.reporting.formats import rounds_text
@@ -114,7 +107,7 @@ def _plan(run: Path, recorded: Mapping[str, Any]) -> DPPlan:
     values = dict(recorded)
     try:
         if clipping := values.get("clipping"):
-            values["clipping"] = _clippings()[clipping["class_path"]](**clipping["init_args"])
+            values["clipping"] = public_classes()[clipping["class_path"]](**clipping["init_args"])
         if local := values.get("local"):
             noise = tuple((int(least), float(own)) for least, own in local["noise_by_examples"])
             values["local"] = LocalSampling(**{**local, "noise_by_examples": noise})
@@ -123,10 +116,6 @@ def _plan(run: Path, recorded: Mapping[str, Any]) -> DPPlan:
         return DPPlan(**values)
     except (TypeError, KeyError) as reason:
         raise BrokenCheckpoint(f"{run}: plan={recorded!r} is no plan: {reason}") from reason
-
-
-def _clippings() -> dict[str, Any]:
-    return {kind.__name__: kind for kind in (Flat, PerLayer, Automatic, AdaptiveQuantile)}
 
 
 def _compare(recorded: Mapping[str, Any], computed: Mapping[str, Any]) -> int:

@@ -29,7 +29,7 @@ from privfm.contracts import (
 from privfm.engines import Local
 from privfm.experiment.config import ArmSpec, RunConfig, resolved
 from privfm.experiment.measures import backdoor, column, detection
-from privfm.federation import Arm, Federation, Population, choose_malicious, load, rounds, save
+from privfm.federation import Arm, Federation, Population, choose_malicious, load, public_sizes, rounds, save
 from privfm.learning.learner import ModelLearner
 from privfm.learning.partitions import Natural
 from privfm.learning.splits import SplitShares, split
@@ -164,6 +164,7 @@ def play_run(path: Path, spec: ArmSpec, seed: int, shared: Path | None = None) -
     learner.bench.save(state.model, path / "model")
     require(len(run.rows()) == until, f"{path}: another process has written to this run; choose another folder")
     summary = _summary(spec, seed, federation, run, learner.evaluate(state.model, "test"))
+    summary |= _guarantees(config, facts, len(run.rows()))
     run.finish(summary | detection(run.rows()) | backdoor(federation.arm.attack, learner, state.model))
     return run.summary()
 
@@ -205,7 +206,6 @@ def _summary(
             name: {"value": m.value, "n": m.n, "higher_is_better": m.higher_is_better, "unit": m.unit}
             for name, m in metrics.items()
         },
-        **_guarantees(config, accounted_facts(federation), len(rows)),
         "training_engine": learner.engine_note,
         "rule": repr(config.rule),
         "rule_name": config.rule.title,
@@ -244,10 +244,7 @@ class AccountedFacts:
 
 def accounted_facts(federation: Federation) -> AccountedFacts:
     """Reads them off a run before it starts."""
-    plan, clients = federation.arm.plan, federation.clients
-    public = plan is not None and plan.makes_sizes_public
-    sizes = [len(clients.examples(client)) for client in range(clients.size)] if public else []
-    return AccountedFacts(federation.learner.d, tuple(sizes))
+    return AccountedFacts(federation.learner.d, public_sizes(federation))
 
 
 def affordable_rounds(config: RunConfig, facts: AccountedFacts) -> int:

@@ -3,7 +3,7 @@
 from privfm.federation.arm import Arm
 from privfm.federation.checkpoints import load, save
 from privfm.federation.compatibility import Problem, problems
-from privfm.federation.loop import Step, refuse_problems, rounds, start
+from privfm.federation.loop import Step, public_sizes, refuse_problems, rounds, start
 from privfm.federation.optimizers import Adam, Average, Momentum, Yogi
 from privfm.federation.population import Cyclic, FixedSize, Poisson, Population, choose_malicious
 from privfm.federation.record import Record, visibility
@@ -30,6 +30,7 @@ __all__ = [
     "load",
     "play",
     "problems",
+    "public_sizes",
     "refuse_problems",
     "rounds",
     "save",

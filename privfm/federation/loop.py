@@ -37,11 +37,19 @@ class Step:
     seconds_evaluation: float
 
 
+def public_sizes(federation: Federation) -> tuple[int, ...]:
+    """How many examples each client holds, where the plan takes that as known to everybody; else empty."""
+    plan, clients = federation.arm.plan, federation.clients
+    if plan is None or not plan.makes_sizes_public:
+        return ()
+    return tuple(len(clients.examples(client)) for client in range(clients.size))
+
+
 def refuse_problems(federation: Federation) -> None:
     """Raises `InvalidArgument` with everything that `compatibility.problems` lists, each with its way out."""
     arm, learner, clients = federation.arm, federation.learner, federation.clients
-    public = arm.plan is not None and arm.plan.makes_sizes_public
-    examples = sum(len(clients.examples(client)) for client in range(clients.size)) if public else None
+    sizes = public_sizes(federation)
+    examples = sum(sizes) if sizes else None
     refusal = learner.refuses_private_gradients() if arm.plan is not None and arm.plan.unit == "example" else ""
     found = problems(arm, learner.d, clients.size, federation.root is not None, examples, refusal)
     require(not found, "; ".join(f"{problem.what} (instead: {problem.instead})" for problem in found))

@@ -185,7 +185,7 @@ def noised(  # noqa: PLR0917  # the mechanism's own four, then where it draws
     if source == "secure" and noise_multiplier > 0:
         deviation = secure_deviation(noise_multiplier, sensitivity, len(total), terms=max(terms, 1), dtype=total.dtype)
         return secure_release(total, deviation)
-    return total + (torch.randn(len(total), generator=generator) * (noise_multiplier * sensitivity)).to(total)
+    return total + gaussian(len(total), noise_multiplier * sensitivity, "seeded", generator).to(total)
 
 
 def on_grid(total: Tensor, noise_multiplier: float, sensitivity: float, source: NoiseSource, terms: int) -> Tensor:
