@@ -19,12 +19,20 @@ class NotRevealed(RuntimeError):
     """More was asked of a view, or of a threat model, than it reveals."""
 
 
+class Overflow(InvalidArgument):
+    """A value lies beyond what a channel has proved head-room for. Never cut, never wrapped."""
+
+
 class CohortTooSmall(InvalidArgument):
     """Fewer usable updates arrived than the rule needs. Inside a run the round is skipped and recorded."""
 
 
 class RoundFailed(RuntimeError):
     """A protocol could not finish (too few answers). The round is skipped and recorded, nothing is half-summed."""
+
+
+class TooFewClients(RoundFailed):
+    """Fewer clients answered than a protocol needs, or than may be summed; what they sent stays closed."""
 
 
 class ClientFailed(RuntimeError):
@@ -41,6 +49,22 @@ class BrokenCheckpoint(RuntimeError):
 
 class BrokenEnvelope(RuntimeError):
     """A message of a channel is malformed, foreign, replayed or does not fit the agreed parameters."""
+
+
+class Corrupt(BrokenEnvelope):
+    """A message was cut off or changed, or is not from whom it should be; or what it carries is no such thing."""
+
+
+class WrongKey(BrokenEnvelope):
+    """A message was made under another key than this round's."""
+
+
+class ParameterMismatch(BrokenEnvelope):
+    """A message was made with other parameters, for another vector, scale or weight."""
+
+
+class Replay(BrokenEnvelope):
+    """A message of another round, or a second one where a single one is taken."""
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from privfm.checks import InvalidArgument, RoundFailed
 from privfm.cli.errors import DONE, REFUSED, say
 from privfm.cli.explain import public_classes
 from privfm.cli.run import Request, request
-from privfm.contracts import Channel, Encoded, Intake, Knows, Reveals, Rule, Table, UpdateAttack
+from privfm.contracts import Cast, Channel, Encoded, Intake, Knows, Reveals, Rule, Table, UpdateAttack
 from privfm.defenses import DPPlan, Mean
 from privfm.engines import Local
 from privfm.experiment import RunConfig, arm_of, deal
@@ -187,9 +187,9 @@ def measured_bytes(arm: Arm, d: int) -> tuple[float, float, bool]:
         }
 
     cohort = range(MEASURED_CLIENTS)
-    traffic = Traffic(Local(MEASURED_CLIENTS).open(arm.channel, sealed, cohort, (), {}))
+    traffic = Traffic(Local(MEASURED_CLIENTS).open(arm.channel, sealed, Cast(0, cohort)))
     with suppress(RoundFailed):  # two clients may be too few for the key holder; they have answered by then
-        arm.channel.collect(cohort, Intake(arm.codecs, width, Reveals.SUM), traffic.exchange).total()
+        arm.channel.collect(cohort, Intake(arm.codecs, width, Reveals.SUM), traffic).total()
     scale = whole / width
     return scale * traffic.up_per_client, scale * traffic.down_per_client + 4 * d, width == whole
 

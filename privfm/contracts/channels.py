@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, final
+from dataclasses import dataclass, field
+from typing import Final, NoReturn, final
 
 from torch import Tensor
 
 from privfm.checks import InvalidArgument
+from privfm.contracts.rules import Rule
 from privfm.contracts.transforms import Encoded, Intake
 from privfm.contracts.views import Reveals, View
 
@@ -19,11 +20,57 @@ Memory = dict[str, bytes]
 KEY_HOLDER: Final = -1
 """The party that is neither a client nor the server. Clients are numbered by their place in the population."""
 
-Exchange = Callable[[str, Mapping[int, bytes]], Iterator[tuple[int, bytes]]]
-"""`exchange(stage, {party: request})` yields `(party, reply)` as replies come, honest parties first.
+SERVER: Final = -2
+"""The server, as a party."""
 
-All that an engine supplies. It streams, so that a server can fold sums; a missing reply is a drop-out.
-"""
+
+@final
+@dataclass(frozen=True)
+class Identity:
+    """A party's long-term secret, 32 bytes. It shows in no `repr` and cannot be pickled or copied into a record."""
+
+    secret: bytes = field(repr=False)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an Identity is a secret: it is not pickled; hand its bytes over knowingly")
+
+
+@final
+@dataclass(frozen=True)
+class Party:
+    """Who plays a part in one round, and whom it believes.
+
+    Attributes:
+      number: a client, `KEY_HOLDER` or `SERVER`.
+      round: as this party counts; messages of another round are refused.
+      identity: its own.
+      pinned: a party's number -> its public identity, known beforehand and not from the server.
+      processes: how many it may use for encryption.
+    """
+
+    number: int
+    round: int
+    identity: Identity
+    pinned: Callable[[int], bytes] = field(repr=False)
+    processes: int = 1
+
+
+class Exchange(ABC):
+    """How the server reaches the parties of one round: all that an engine supplies.
+
+    Attributes:
+      server: the server's own place in the round.
+    """
+
+    server: Party
+
+    @abstractmethod
+    def __call__(self, stage: str, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
+        """`exchange(stage, {party: request})` yields `(party, reply)` as replies come, honest parties first.
+
+        It streams, so that a server can fold sums; a missing reply is a drop-out.
+        """
+
 
 Update = Callable[[], Encoded]
 """Gives a party its one encoded row, at the stage that asks for it."""
@@ -53,16 +100,18 @@ class Channel(ABC):
     """A protocol between clients, an optional key holder and the server.
 
     Class constants:
-      reveals: what the server learns.
+      reveals: what rules may use of it.
       client_stages: all stages of a client, in order.
       key_holder_stages: stages of the key holder, in order, each at most once.
       integers: it carries whole numbers only.
+      server_learns_sum: False where clients alone open the result, and the server never sees the model.
     """
 
     reveals = Reveals.SUM
     client_stages: tuple[str, ...] = ()
     key_holder_stages: tuple[str, ...] = ()
     integers = False
+    server_learns_sum = True
 
     @property
     def limits(self) -> GramLimits | None:
@@ -77,6 +126,16 @@ class Channel(ABC):
     @property
     def largest_coordinate(self) -> float | None:
         """Absolute value beyond which a client refuses to send a coordinate; None: no such bound."""
+        return None
+
+    @property
+    def modulus(self) -> int | None:
+        """Sums of whole numbers are taken modulo this, into [-m/2, m/2); None: they are exact."""
+        return None
+
+    @property
+    def groups(self) -> int | None:
+        """Rows are means of so many random groups of clients; None: of single clients."""
         return None
 
     @property
@@ -99,15 +158,32 @@ class Channel(ABC):
         """
         raise InvalidArgument(f"{type(self).__name__} has no key holder that could add noise; use CKKS")
 
+    def with_floor(self, least: int) -> Channel:
+        """The same channel, whose parties refuse by themselves to open a sum of fewer than `least` clients.
+
+        A plan whose noise is shared out among clients needs it. Where nobody but the server opens sums, it is the
+        server that counts: see `Intake.least_answers`.
+        """
+        return self
+
+    def with_rule(self, rule: Rule) -> Channel:
+        """The same channel, whose key holder runs the rule where it alone sees inner products."""
+        return self
+
+    @property
+    @abstractmethod
+    def learns(self) -> Mapping[str, str]:
+        """Who learns what, by role: `server`, `key holder` where there is one, `clients`; `trust`: what for."""
+
     @final
-    def answer(self, party: int, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
+    def answer(self, party: Party, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
         """A party's half: the next memory, and the reply.
 
         Raises:
           InvalidArgument: the stage is repeated, out of order or another party's.
         """
         done = memory.get("done", b"").decode().split()
-        if party == KEY_HOLDER:  # may be asked for less, never twice, never backwards
+        if party.number == KEY_HOLDER:  # may be asked for less, never twice, never backwards
             open_stages = self.key_holder_stages[1 + self.key_holder_stages.index(done[-1]) if done else 0 :]
         else:
             open_stages = self.client_stages[len(done) : len(done) + 1]
@@ -118,7 +194,7 @@ class Channel(ABC):
         return {**memory, "done": " ".join([*done, stage]).encode()}, reply
 
     @abstractmethod
-    def reply(self, party: int, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
+    def reply(self, party: Party, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
         """What a class writes for a party; the order of stages is already checked."""
 
     @abstractmethod
@@ -130,26 +206,35 @@ class Channel(ABC):
         """
 
 
+@final
+@dataclass(frozen=True)
+class Cast:
+    """Who takes part in one round.
+
+    Attributes:
+      round: counted from 0.
+      honest: clients that are asked in batches.
+      malicious: clients that act together, as one batch, after the honest.
+      gone: simulated drop-outs, by the stage at which they are lost.
+    """
+
+    round: int
+    honest: Sequence[int]
+    malicious: Sequence[int] = ()
+    gone: Mapping[str, frozenset[int]] = field(default_factory=dict)
+
+
 class Engine(ABC):
     """Carries messages between the server's half and the parties."""
 
     @abstractmethod
-    def open(
-        self,
-        channel: Channel,
-        sealed: Sealer,
-        honest: Sequence[int],
-        malicious: Sequence[int],
-        gone: Mapping[str, frozenset[int]],
-    ) -> Exchange:
+    def open(self, channel: Channel, sealed: Sealer, cast: Cast) -> Exchange:
         """One round's exchange.
 
         Args:
           channel: whose `answer` the parties play.
           sealed: gives encoded rows for a batch of clients.
-          honest: clients that are asked in batches.
-          malicious: clients that act together, as one batch, after the honest.
-          gone: simulated drop-outs, by the stage at which they are lost.
+          cast: who takes part.
         """
 
 
@@ -161,9 +246,10 @@ class WireView:
     Attributes:
       reveals: of the channel.
       ids: clients that answered.
-      vectors: every total and weighted sum `(d,)`, in order.
+      vectors: every total and weighted sum `(d,)`, in order; none where clients alone open them.
       grams: every Gram matrix `(n+m, n+m)`.
-      rows: `(n, d)`, only where the channel reveals each.
+      rows: `(n, d)`, only where the channel reveals each; with NaN in what is encrypted, where it is so only in part.
+      weights: of every decision that somebody else took on a Gram matrix, `(n+m,)`.
     """
 
     reveals: Reveals
@@ -171,3 +257,4 @@ class WireView:
     vectors: tuple[Tensor, ...]
     grams: tuple[Tensor, ...]
     rows: Tensor | None
+    weights: tuple[Tensor, ...] = ()

@@ -108,6 +108,15 @@ class Rule(ABC):
         """The server's own rows `(m, d)`, declared beforehand; they stand after the clients' in every Gram matrix."""
         return torch.zeros(0, d)
 
+    @property
+    def delegable(self) -> bool:
+        """Its weights follow from one Gram matrix, and its next state from the aggregate: a key holder can run it."""
+        return False
+
+    def remember(self, state: State, vector: Tensor) -> State:
+        """State after the round, from the aggregate `(d,)`, of a rule that is `delegable`."""
+        return state
+
     @abstractmethod
     def step(self, state: State, view: View, generator: Generator) -> tuple[State, Outcome]:
         """One aggregation; pure. Callers use `aggregate`."""

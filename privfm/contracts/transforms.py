@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import final
 
 from torch import Generator, Tensor
@@ -21,10 +21,12 @@ class Encoded:
     Attributes:
       rows: `(k, w)`, what the next transform and in the end the channel carries.
       side: `{name: (k, ...)}`, what only a channel that reveals each row can carry (indices, scales).
+      weight: what a client has multiplied its row by; the server expects `Intake.weights`.
     """
 
     rows: Tensor
     side: State
+    weight: float = 1.0
 
 
 class Transform(ABC):
@@ -46,6 +48,21 @@ class Transform(ABC):
     @property
     def similarity(self) -> float | None:
         """The one factor by which decoding multiplies every length; None: there is none (Gram matrices would lie)."""
+        return None
+
+    @property
+    def largest_coordinate(self) -> float | None:
+        """Absolute value beyond which it refuses to encode a coordinate; None: no such bound."""
+        return None
+
+    @property
+    def largest_whole(self) -> int | None:
+        """Largest absolute whole number in its rows; None: unbounded, or no whole numbers."""
+        return None
+
+    @property
+    def modulus(self) -> int | None:
+        """Decoding reduces sums modulo this, so that they may wrap on the way; None: it does not."""
         return None
 
     def norm_bound(self, bound: float, d: int) -> float:
@@ -84,6 +101,7 @@ class Intake:
       needs: of the rule; a channel that reveals more may keep less (a rule that needs the sum costs one row).
       max_norm: the plan's clip, applied again wherever single rows are opened.
       least_answers: fewest clients whose sum may be revealed; a channel of sums ends the round before, with fewer.
+      weights: what each client must have folded into its row, as the server knows it; 1 for all others.
     """
 
     codecs: Transform
@@ -91,6 +109,7 @@ class Intake:
     needs: Reveals
     max_norm: float = float("inf")
     least_answers: int = 0
+    weights: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -104,5 +123,5 @@ class Intake:
         return row * (self.max_norm * (1 - MARGIN) / norm) if norm > self.max_norm else row
 
     def total(self, values: Tensor) -> Tensor:
-        """A sum on the wire `(w,)` -> `(d,)`."""
-        return self.codecs.decode(Encoded(values[None], {}), self.d)[0]
+        """A sum on the wire `(w,)` -> `(d,)` float32; decoded as it comes, as float32 would cut whole numbers."""
+        return self.codecs.decode(Encoded(values[None], {}), self.d)[0].float()

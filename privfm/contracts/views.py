@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import final
 
@@ -22,6 +23,22 @@ class Reveals(IntEnum):
     EACH = 2
 
 
+@final
+@dataclass(frozen=True)
+class Decision:
+    """What a rule makes of n clients and m references of its own.
+
+    Attributes:
+      weights: `(n+m,)`, the coefficients in the aggregate.
+      clipped: `(n,)` bool, rows that were pulled in; None: the rule clips nobody.
+      suspects: `(n,)` bool, rows judged malicious apart from their weights; None: those without weight.
+    """
+
+    weights: Tensor
+    clipped: Tensor | None = None
+    suspects: Tensor | None = None
+
+
 class View(ABC):
     """What the server may compute about `n` rows of width `d`. An operation beyond `reveals` raises `NotRevealed`.
 
@@ -33,6 +50,8 @@ class View(ABC):
       passes: full reads of the rows so far (a block of k of d columns counts k/d).
       client_weights: `(n,)` float64 of sum 1 where the server, not the client, has given rows unequal weight (how much
         data it knows a client to hold); None: all count the same.
+      folded: sum of the weights that clients have multiplied their rows by; None: they have not, and `client_weights`
+        are still to be applied.
     """
 
     reveals = Reveals.SUM
@@ -41,6 +60,7 @@ class View(ABC):
     bad = 0
     passes = 0.0
     client_weights: Tensor | None = None
+    folded: float | None = None
 
     @property
     def n(self) -> int:
@@ -58,6 +78,13 @@ class View(ABC):
     def gram(self, references: Tensor) -> Tensor:
         """Inner products of the rows followed by `references (m, d)`: `(n+m, n+m)` float64. Needs GRAM."""
         raise NotRevealed("gram needs a channel that reveals GRAM or EACH")
+
+    def decided(self, references: Tensor, seed: int) -> Decision:
+        """What whoever sees the Gram matrix with these references makes of it, running the rule it was given.
+
+        Only where the matrix stays with a key holder. `seed`: of the rule's random draws.
+        """
+        raise NotRevealed("decided: nobody was given the rule; ask for gram")
 
     def weighted_sum(self, weights: Tensor, references: Tensor) -> Tensor:
         """`weights (n+m,)` applied to the rows followed by `references (m, d)`: `(d,)`. Needs GRAM."""

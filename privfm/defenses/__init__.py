@@ -3,6 +3,7 @@
 if __name__ != "privfm.defenses":  # the link at the top of the repository is a door for readers, not a package
     raise ImportError(f"import privfm.defenses, not {__name__}: the folder at the repository's root is a link")
 
+from privfm.contracts import Decision
 from privfm.defenses.adapter_aggregation import AdapterOutcome, NextAdapters, aggregate_adapters, next_adapters
 from privfm.defenses.aggregator import Aggregated, Aggregator
 from privfm.defenses.bulyan import Bulyan
@@ -13,7 +14,6 @@ from privfm.defenses.foreign import as_rule
 from privfm.defenses.geometry import Change, ProductView
 from privfm.defenses.gram_rules import (
     CenteredClipping,
-    Decision,
     GeometricMedian,
     GramRule,
     JudgingRule,

@@ -11,10 +11,10 @@ from torch import Generator, Tensor
 
 from privfm.blocks import column_blocks
 from privfm.checks import CohortTooSmall, fraction, non_negative, one_of, positive, require
-from privfm.contracts import Outcome, Reveals, Rule, State, View
+from privfm.contracts import Decision, Outcome, Reveals, Rule, State, View
 from privfm.defenses.clusters import LINKAGES, Linkage, densest, first_majority, larger_of_two
 from privfm.defenses.directional_rules import cosine_distances
-from privfm.defenses.gram_rules import Decision, JudgingRule, clip_factors
+from privfm.defenses.gram_rules import JudgingRule, clip_factors
 
 
 def _lengths(view: View) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,8 @@ import torch
 from torch import Generator, Tensor
 
 from privfm.checks import require
-from privfm.contracts import ROOT, MatrixView, State
-from privfm.defenses.gram_rules import Decision, JudgingRule
+from privfm.contracts import ROOT, Decision, MatrixView, State
+from privfm.defenses.gram_rules import JudgingRule
 
 ALIKE = 2e-5
 """Directions whose cosine is closer to 1 are the same: inner products of float32 rows may be this wrong (`blocks`)."""

@@ -17,23 +17,7 @@ from torch import Generator, Tensor
 
 from privfm.blocks import squared_distances
 from privfm.checks import at_least, one_of, positive
-from privfm.contracts import Outcome, Reveals, Rule, State, View
-
-
-@final
-@dataclass(frozen=True)
-class Decision:
-    """What a rule makes of n clients and m references of its own.
-
-    Attributes:
-      weights: `(n+m,)`, the coefficients in the aggregate.
-      clipped: `(n,)` bool, rows that were pulled in; None: the rule clips nobody.
-      suspects: `(n,)` bool, rows judged malicious apart from their weights; None: those without weight.
-    """
-
-    weights: Tensor
-    clipped: Tensor | None = None
-    suspects: Tensor | None = None
+from privfm.contracts import Decision, Outcome, Reveals, Rule, State, View
 
 
 class JudgingRule(Rule):
@@ -57,9 +41,9 @@ class JudgingRule(Rule):
           client_weights: `(n,)` float64 of sum 1; None: all count the same, as for every rule that is not `weighted`.
         """
 
-    def remember(self, state: State, vector: Tensor) -> State:
-        """State after the round, from the aggregate `(d,)`."""
-        return state
+    @property
+    def delegable(self) -> bool:
+        return True
 
     def step(self, state: State, view: View, generator: Generator) -> tuple[State, Outcome]:
         references = self.references(state, view.d)

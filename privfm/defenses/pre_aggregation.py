@@ -82,6 +82,13 @@ class PreAggregation(Rule):
     def references(self, state: State, d: int) -> Tensor:
         return self.inner.references(state, d)
 
+    @property
+    def delegable(self) -> bool:
+        return self.inner.delegable
+
+    def remember(self, state: State, vector: Tensor) -> State:
+        return self.inner.remember(state, vector)
+
     def step(self, state: State, view: View, generator: Generator) -> tuple[State, Outcome]:
         references = self.references(state, view.d)
         gram = view.gram(references)

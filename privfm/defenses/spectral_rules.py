@@ -14,8 +14,8 @@ from torch import Generator, Tensor
 
 from privfm.blocks import column_blocks
 from privfm.checks import RoundFailed, at_least, positive, require
-from privfm.contracts import Outcome, Reveals, State, View
-from privfm.defenses.gram_rules import Decision, GramRule, JudgingRule, equal_weights
+from privfm.contracts import Decision, Outcome, Reveals, State, View
+from privfm.defenses.gram_rules import GramRule, JudgingRule, equal_weights
 
 
 def centered(gram: Tensor, shares: Tensor) -> Tensor:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
+from math import prod, sqrt
 from typing import final
 
 import torch
 from torch import Generator, Tensor
 
 from privfm.blocks import finite
-from privfm.checks import fraction, one_of, positive
+from privfm.checks import at_least, fraction, one_of, positive, require
 from privfm.contracts import Encoded, State, Transform
 
 
@@ -111,6 +111,77 @@ class ClientMomentum(Transform):
 
 @final
 @dataclass(frozen=True)
+class FixedPoint(Transform):
+    """Whole steps of a public grid, rounded at random without bias: what channels of whole numbers carry.
+
+    | coordinate                       | result                                                             |
+    |----------------------------------|--------------------------------------------------------------------|
+    | a whole multiple of the step     | itself                                                             |
+    | between two multiples            | one of them, the nearer one more likely; its mean is the coordinate |
+    | beyond `bound`, NaN or inf       | the row becomes NaN: a channel of whole numbers refuses to send it  |
+
+    Nothing is cut to fit: that would bend the sum silently. On the wire a row is float64 and every number in it whole.
+
+    Args:
+      bound: largest absolute coordinate, in units of an update; an L2 clip is one.
+      bits: resolution; a step is `bound / 2^bits`.
+
+    Source: Alistarh et al., "QSGD: communication-efficient SGD via gradient quantization and encoding", 2017, section
+    3.1 (stochastic quantisation), with a fixed scale: one that follows each row could not be summed.
+    """
+
+    bound: float
+    bits: int
+    binding = True
+    additive = True
+    integers = True
+
+    def __post_init__(self) -> None:
+        positive("bound", self.bound)
+        at_least("bits", self.bits, 1)
+        require(self.bits <= _MOST_BITS, f"bits={self.bits}: expected at most {_MOST_BITS}, which float64 sums hold")
+
+    @property
+    def step(self) -> float:
+        """One unit of the grid, in units of an update."""
+        return self.bound / 2.0**self.bits
+
+    @property
+    def similarity(self) -> float | None:
+        return self.step
+
+    @property
+    def largest_coordinate(self) -> float | None:
+        return self.bound
+
+    @property
+    def largest_whole(self) -> int | None:
+        return 1 << self.bits
+
+    def norm_bound(self, bound: float, d: int) -> float:
+        return bound + self.step * sqrt(d)
+
+    def error_bound(self, d: int, n: int) -> float:
+        """Largest L2 distance of the sum of n decoded rows `(d,)` from the plain sum; a worst case."""
+        return n * sqrt(d) * self.step
+
+    def encode(self, rows: Tensor, state: State, generators: Sequence[Generator]) -> tuple[Encoded, State]:
+        steps = rows.double() / self.step
+        floors = steps.floor()
+        draws = [torch.rand(rows.shape[1], generator=one, dtype=torch.float64) for one in generators]
+        up = torch.stack(draws).to(rows.device) < steps - floors if draws else floors
+        fits = (rows.double().abs() <= self.bound).all(dim=1, keepdim=True)
+        return Encoded(torch.where(fits, floors + up, torch.nan), {}), state
+
+    def decode(self, encoded: Encoded, d: int) -> Tensor:
+        return (encoded.rows.double() * self.step).float()
+
+
+_MOST_BITS = 44  # with sums of up to 512 rows below 2^53, the whole numbers of float64
+
+
+@final
+@dataclass(frozen=True)
 class Chain(Transform):
     """Transforms one after the other; state and side information of part i carry the prefix `i/`."""
 
@@ -132,6 +203,25 @@ class Chain(Transform):
     def similarity(self) -> float | None:
         factors = [part.similarity for part in self.parts]
         return None if None in factors else prod(factor for factor in factors if factor is not None)
+
+    @property
+    def largest_coordinate(self) -> float | None:
+        """Of the first part that has one, in units of an update where the parts before it keep them."""
+        scale: float | None = 1.0
+        for part in self.parts:
+            if part.largest_coordinate is not None:
+                return None if scale is None else scale * part.largest_coordinate
+            factor = part.similarity if part.binding else 1.0
+            scale = None if scale is None or factor is None else scale * factor
+        return None
+
+    @property
+    def largest_whole(self) -> int | None:
+        return self.parts[-1].largest_whole if self.parts else None
+
+    @property
+    def modulus(self) -> int | None:
+        return self.parts[-1].modulus if self.parts else None
 
     def norm_bound(self, bound: float, d: int) -> float:
         scale: float | None = 1.0  # decoded length of a row of length 1 as the next part sees it

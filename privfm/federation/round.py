@@ -16,6 +16,7 @@ from privfm.checks import ClientFailed, CohortTooSmall, RoundFailed
 from privfm.contracts import (
     ROOT,
     Attack,
+    Cast,
     Clients,
     DataAttack,
     Encoded,
@@ -99,7 +100,7 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
     gone = lost(arm.dropout_rate, arm.channel.client_stages, cohort, generator("dropout", now))
     way, channel, intake = Way(federation, state, rule, space, cohort), arm.wire, arm.intake(d, rule, state.rule)
     nobody = EmptyView(intake.d)
-    traffic = Traffic(federation.engine.open(channel, way.sealed, way.honest, way.malicious, gone))
+    traffic = Traffic(federation.engine.open(channel, way.sealed, Cast(now, way.honest, way.malicious, gone)))
 
     def concluded(view: View) -> Conclusion:
         seen = space.seen(view, state.model)
@@ -110,7 +111,7 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
 
     view, end, skipped, failure = WatchedView(nobody), Conclusion(state, nobody), "", ""
     try:
-        view = WatchedView(channel.collect(cohort, intake, traffic.exchange))
+        view = WatchedView(channel.collect(cohort, intake, traffic))
         if view.n < intake.least_answers:  # a channel that did not end the round by itself
             raise RoundFailed(f"least_answers={intake.least_answers}: {view.n} client(s) answered; nothing is released")
         if arm.weighting == "examples":

@@ -10,7 +10,7 @@ from privfm.contracts import KEY_HOLDER, Exchange
 
 
 @final
-class Traffic:
+class Traffic(Exchange):
     """Counts the bytes of one round's exchange; the key holder's are kept out of the clients' share.
 
     Attributes:
@@ -18,12 +18,11 @@ class Traffic:
     """
 
     def __init__(self, below: Exchange) -> None:
-        self._below, self.up = below, 0
+        self._below, self.server, self.up = below, below.server, 0
         self._replies: dict[str, list[int]] = defaultdict(list)
         self._requests: dict[str, list[int]] = defaultdict(list)
 
-    def exchange(self, stage: str, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
-        """The same exchange, counted."""
+    def __call__(self, stage: str, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
         self._requests[stage] += [len(request) for party, request in requests.items() if party != KEY_HOLDER]
         for party, reply in self._below(stage, requests):
             self.up += len(reply)

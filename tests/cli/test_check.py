@@ -138,7 +138,8 @@ def test_plain_bytes_are_exact() -> None:
     from privfm.contracts import Encoded
 
     arm = Arm(cohort=FixedSize(5), rule=Krum(1), channel=Plaintext())
-    assert measured_bytes(arm, 77)[0] == len(packed(Encoded(torch.zeros(1, 77), {})))
+    envelope = 109 + 8 + 32  # header, length of the one part, code
+    assert measured_bytes(arm, 77)[0] == envelope + len(packed(Encoded(torch.zeros(1, 77), {})))
 
 
 # -------------------------------------------------------------------------------------------------------------- table

@@ -13,7 +13,8 @@ from scipy import stats
 from torch import Generator
 
 from privfm.checks import InvalidArgument
-from privfm.contracts import Encoded, Intake, Reveals
+from privfm.contracts import KEY_HOLDER, SERVER, Encoded, Intake, Party, Reveals
+from privfm.defenses.channels.identities import new_identity, public_identity
 from privfm.defenses.privacy.distributed import (
     WRAP_TARGET,
     DistributedNoise,
@@ -417,15 +418,23 @@ def test_a_sum_over_ckks_is_the_sum_modulo_m(modulus_bits, noise_multiplier):
     encoded = codec.encode(rows, {}, generators(5))[0].rows
     memories = {party: {} for party in [*range(5), -1]}
 
-    def exchange(stage, requests):
-        for party, request in requests.items():
-            given_ = encoded[party : party + 1] if party >= 0 else None
-            memories[party], reply = channel.answer(
-                party, stage, memories[party], request, lambda rows=given_: Encoded(rows, {})
-            )
-            yield party, reply
+    identities = {party: new_identity() for party in [*range(5), KEY_HOLDER, SERVER]}
 
-    view = channel.collect(range(5), Intake(codec, d, Reveals.SUM), exchange)
+    def party_of(number):
+        return Party(number, 0, identities[number], lambda other: public_identity(identities[other]))
+
+    class Line:
+        server = party_of(SERVER)
+
+        def __call__(self, stage, requests):
+            for party, request in requests.items():
+                given_ = encoded[party : party + 1] if party >= 0 else None
+                memories[party], reply = channel.answer(
+                    party_of(party), stage, memories[party], request, lambda rows=given_: Encoded(rows, {})
+                )
+                yield party, reply
+
+    view = channel.collect(range(5), Intake(codec, d, Reveals.SUM), Line())
     whole = [int(value) for value in encoded.sum(0).tolist()]
     centred = [(value + half) % codec.modulus - half for value in whole]
     assert centred != whole

@@ -32,6 +32,7 @@ from privfm.contracts import (
     MatrixView,
     Memory,
     Metric,
+    Party,
     Reveals,
     Split,
     State,
@@ -126,15 +127,19 @@ class ThreeStages(Channel):
     client_stages = ("keys", "masked", "unmask")
     integers = True
 
-    def reply(self, party: int, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
+    @property
+    def learns(self) -> dict[str, str]:
+        return {"server": "the sum", "clients": "the released model", "trust": "the server"}
+
+    def reply(self, party: Party, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
         if stage == "keys":
             secret = os.urandom(16)
             return {**memory, "secret": secret}, secret
         keys = {int(k): bytes.fromhex(v) for k, v in json.loads(memory.get("keys", request)).items()}
         if stage == "masked":
             values = update().rows[0].to(torch.int64).numpy().copy()
-            for other in keys.keys() - {party}:
-                values += _mask(party, other, _pair(memory["secret"], keys[other]), len(values))
+            for other in keys.keys() - {party.number}:
+                values += _mask(party.number, other, _pair(memory["secret"], keys[other]), len(values))
             return {**memory, "keys": request}, values.tobytes()
         shared = {other: _pair(memory["secret"], keys[other]).hex() for other in json.loads(request)}
         return memory, json.dumps(shared).encode()
@@ -178,10 +183,14 @@ class GramVault(Channel):
     key_holder_stages = ("store", "gram", "sum")
 
     @property
+    def learns(self) -> dict[str, str]:
+        return {"server": "inner products", "key holder": "every update", "clients": "nothing", "trust": "both"}
+
+    @property
     def limits(self) -> GramLimits:
         return GramLimits(self.max_references, self.smallest_release)
 
-    def reply(self, party: int, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
+    def reply(self, party: Party, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
         if stage == "update":
             return memory, packed(update())
         asked = load(request)

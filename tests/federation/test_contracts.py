@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import pytest
@@ -14,6 +14,8 @@ from privfm.attacks import ALIE, SignFlip
 from privfm.checks import ClientFailed, InvalidArgument
 from privfm.contracts import (
     KEY_HOLDER,
+    SERVER,
+    Cast,
     Channel,
     Encoded,
     Engine,
@@ -88,34 +90,35 @@ class Look(ServerAttack):
 class OneAtATime(Engine):
     """Another engine altogether: every client alone, replies collected before they are given out."""
 
-    def open(
-        self,
-        channel: Channel,
-        sealed: Sealer,
-        honest: Sequence[int],
-        malicious: Sequence[int],
-        gone: Mapping[str, frozenset[int]],
-    ) -> Exchange:
-        memories: dict[int, dict[str, bytes]] = {}
-        together = {}
+    def open(self, channel: Channel, sealed: Sealer, cast: Cast) -> Exchange:
+        return _OneAtATime(channel, sealed, cast)
 
-        def row(party: int) -> Encoded:
-            if party in malicious:
-                if not together:
-                    together.update(sealed(list(malicious)))
-                return together[party]
-            return sealed([party])[party]
 
-        def exchange(stage: str, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
-            for party in (*honest, *malicious, KEY_HOLDER):
-                if party in requests and party not in gone.get(stage, frozenset()):
-                    memory, reply = channel.answer(
-                        party, stage, memories.get(party, {}), requests[party], lambda party=party: row(party)
-                    )
-                    memories[party] = memory
-                    yield party, reply
+class _OneAtATime(Exchange):
+    def __init__(self, channel: Channel, sealed: Sealer, cast: Cast) -> None:
+        self.channel, self.sealed, self.cast, self.engine = channel, sealed, cast, Local()
+        self.server = self.engine.party(SERVER, cast.round)
+        self.memories: dict[int, dict[str, bytes]] = {}
+        self.together: dict[int, Encoded] = {}
 
-        return exchange
+    def row(self, party: int) -> Encoded:
+        if party in self.cast.malicious:
+            if not self.together:
+                self.together.update(self.sealed(list(self.cast.malicious)))
+            return self.together[party]
+        return self.sealed([party])[party]
+
+    def __call__(self, stage: str, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
+        for party in (*self.cast.honest, *self.cast.malicious, KEY_HOLDER):
+            if party in requests and party not in self.cast.gone.get(stage, frozenset()):
+                self.memories[party], reply = self.channel.answer(
+                    self.engine.party(party, self.cast.round),
+                    stage,
+                    self.memories.get(party, {}),
+                    requests[party],
+                    lambda party=party: self.row(party),
+                )
+                yield party, reply
 
 
 @final
@@ -125,15 +128,8 @@ class Losing(Engine):
 
     lost: tuple[tuple[str, frozenset[int]], ...]
 
-    def open(
-        self,
-        channel: Channel,
-        sealed: Sealer,
-        honest: Sequence[int],
-        malicious: Sequence[int],
-        gone: Mapping[str, frozenset[int]],
-    ) -> Exchange:
-        return Local().open(channel, sealed, honest, malicious, dict(self.lost))
+    def open(self, channel: Channel, sealed: Sealer, cast: Cast) -> Exchange:
+        return Local().open(channel, sealed, replace(cast, gone=dict(self.lost)))
 
 
 def run(federation: Federation, until: int = 4) -> tuple[RunState, Record]:
@@ -175,14 +171,14 @@ def test_a_survivor_lost_before_unmasking_skips_the_round(federation: Make, toys
 @pytest.mark.parametrize("stage", ["masked", "unmask"])
 def test_stages_out_of_order_are_refused(stage: str, toys: Toys) -> None:
     with pytest.raises(InvalidArgument, match="out of order"):
-        toys["ThreeStages"]().answer(3, stage, {}, b"{}", lambda: Encoded(torch.zeros(1, 4), {}))
+        toys["ThreeStages"]().answer(Local().party(3, 0), stage, {}, b"{}", lambda: Encoded(torch.zeros(1, 4), {}))
 
 
 def test_a_repeated_stage_is_refused(toys: Toys) -> None:
     channel = toys["ThreeStages"]()
-    memory, _ = channel.answer(3, "keys", {}, b"", lambda: Encoded(torch.zeros(1, 4), {}))
+    memory, _ = channel.answer(Local().party(3, 0), "keys", {}, b"", lambda: Encoded(torch.zeros(1, 4), {}))
     with pytest.raises(InvalidArgument, match="repeated"):
-        channel.answer(3, "keys", memory, b"", lambda: Encoded(torch.zeros(1, 4), {}))
+        channel.answer(Local().party(3, 0), "keys", memory, b"", lambda: Encoded(torch.zeros(1, 4), {}))
 
 
 @pytest.mark.parametrize("rule", [CenteredClipping(1.0), NearestNeighborMixing(6, CenteredClipping(1.0)), MultiKrum(6)])

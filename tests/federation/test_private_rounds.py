@@ -22,6 +22,7 @@ from privfm.adapters import AdapterLayout, FactorPair
 from privfm.checks import InvalidArgument
 from privfm.contracts import (
     KEY_HOLDER,
+    Cast,
     Channel,
     Clipping,
     Engine,
@@ -148,23 +149,19 @@ class Watching(Engine):
     without: frozenset[int] = frozenset()
     asked: list[str] = None  # type: ignore[assignment]
 
-    def open(
-        self,
-        channel: Channel,
-        sealed: Sealer,
-        honest: Sequence[int],
-        malicious: Sequence[int],
-        gone: Mapping[str, frozenset[int]],
-    ) -> Exchange:
-        absent = {stage: gone.get(stage, frozenset()) | self.without for stage in channel.client_stages}
-        exchange = Local().open(channel, sealed, honest, malicious, absent)
+    def open(self, channel: Channel, sealed: Sealer, cast: Cast) -> Exchange:
+        gone = {stage: cast.gone.get(stage, frozenset()) | self.without for stage in channel.client_stages}
+        return _Watched(Local().open(channel, sealed, replace(cast, gone=gone)), self.asked)
 
-        def watched(stage: str, requests: Mapping[int, bytes]) -> Any:
-            if self.asked is not None and KEY_HOLDER in requests:
-                self.asked.append(stage)
-            return exchange(stage, requests)
 
-        return watched
+class _Watched(Exchange):
+    def __init__(self, below: Exchange, asked: list[str] | None) -> None:
+        self.below, self.server, self.asked = below, below.server, asked
+
+    def __call__(self, stage: str, requests: Mapping[int, bytes]) -> Any:
+        if self.asked is not None and KEY_HOLDER in requests:
+            self.asked.append(stage)
+        return self.below(stage, requests)
 
 
 def people(sizes: Sequence[int] = (3,) * CLIENTS) -> Population:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil, sqrt
-from secrets import token_bytes
+from struct import pack
 from typing import Any, final
 
 import numpy as np
@@ -14,10 +14,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privfm.checks import BrokenEnvelope, InvalidArgument, RoundFailed, at_least, non_negative, positive, require
-from privfm.contracts import KEY_HOLDER, Channel, Exchange, Intake, Memory, Reveals, Update, View
+from privfm.checks import (
+    BrokenEnvelope,
+    Corrupt,
+    Overflow,
+    ParameterMismatch,
+    RoundFailed,
+    TooFewClients,
+    at_least,
+    non_negative,
+    positive,
+    require,
+)
+from privfm.contracts import KEY_HOLDER, SERVER, Channel, Exchange, Intake, Memory, Party, Reveals, Update, View
 from privfm.defenses.channels.ckks_parameters import CKKSParameters
-from privfm.defenses.channels.envelope import SERVER, Header, fingerprint, seal, unseal
+from privfm.defenses.channels.envelope import Header, Link, fingerprint
+from privfm.defenses.channels.identities import sign, verify
 from privfm.defenses.privacy.noise import secure_deviation, secure_release
 from privfm.defenses.views import SumView
 
@@ -34,8 +46,9 @@ class CKKS(Channel):
 
     Who sees what: the server ciphertexts, who took part, and the sum; the key holder the sum; clients the public key.
     Assumed: server and key holder follow the protocol and do not collude. The key holder takes the server's word
-    for how many clients are in the sum (`smallest_release`), and nothing is authenticated (see `envelope`). What a
-    malicious client encrypts is checked by nobody: `bound` binds those who follow the protocol.
+    for how many clients are in the sum (`smallest_release`). Messages are authenticated, the key holder's keys by its
+    signature (see `envelope`). What a malicious client encrypts is checked by nobody: `bound` binds those who follow
+    the protocol.
 
     The sum is exact. Values are cut to whole steps of `bound / 2^bits`, towards zero (no row gets longer, so a plan's
     sensitivity stands), and the key holder rounds what it decrypts to whole steps, far from any noise. So the release
@@ -51,7 +64,7 @@ class CKKS(Channel):
     | all who answered refused                       | RoundFailed, with the way out                     |
     | a broken, foreign or replayed client message   | left out and counted in `bad`                     |
     | nobody answered                                | zeros, n = 0                                      |
-    | fewer than `smallest_release`, over `clients`  | RoundFailed                                       |
+    | fewer than `smallest_release`, over `clients`  | TooFewClients, RoundFailed                        |
     | the sum is not whole steps, or beyond n bounds | RoundFailed: a wrong key, or a malicious client   |
     | a broken message of server or key holder       | BrokenEnvelope                                    |
 
@@ -132,102 +145,125 @@ class CKKS(Channel):
         """A row `(w,)` in whole steps, cut towards zero.
 
         Raises:
-          InvalidArgument: a coordinate is not finite or lies beyond `bound`. It is not clipped: that would bend
-            the sum silently.
+          Overflow: a coordinate is not finite or lies beyond `bound`. It is not clipped: that would bend the sum
+            silently.
         """
         values = row.detach().cpu().double().numpy()
         largest = float(np.abs(values).max(initial=0.0))
-        way_out = "raise bound or clip updates"
-        require(largest <= self.bound, f"bound={self.bound}: a coordinate has absolute value {largest:.4g}; {way_out}")
+        if not largest <= self.bound:
+            raise Overflow(
+                f"bound={self.bound}: a coordinate has absolute value {largest:.4g}; raise bound or clip updates"
+            )
         return np.trunc(values / self.step).astype(np.int64)
 
-    def reply(self, party: int, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
+    @property
+    def learns(self) -> Mapping[str, str]:
+        return {
+            "server": "ciphertexts, who took part, and the sum",
+            "key holder": "the sum, and who took part",
+            "clients": "the public key, the released model",
+            "trust": "server and key holder follow the protocol and do not collude",
+        }
+
+    def with_floor(self, least: int) -> CKKS:
+        return replace(self, smallest_release=max(least, self.smallest_release))
+
+    def reply(self, party: Party, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
         if stage == "keys":
-            return self._make_keys(memory)
+            return self._make_keys(party, memory)
         if stage == "update":
             return memory, self._encrypt(party, request, update)
-        return {}, self._decrypt(memory, request)  # the key is spent
+        return {}, self._decrypt(party, memory, request)  # the key is spent
 
     def collect(self, cohort: Sequence[int], intake: Intake, exchange: Exchange) -> View:
         if not cohort:
             return SumView(lambda: torch.zeros(intake.d), (), intake.d)
         if len(cohort) > self.clients:
             raise RoundFailed(f"clients={self.clients}: a cohort of {len(cohort)} has no head-room; raise clients")
-        keys = _only(exchange, "keys", b"")
-        head, context = self._open_keys(keys)
+        server = exchange.server
+        head, keys, context = self._open_keys(server, KEY_HOLDER, _only(exchange, "keys", b""))
         running = _Running(context, self.parameters, intake.width)
-        ids, bad = self._add_all(running, head, exchange("update", dict.fromkeys(cohort, keys)), intake.least_answers)
+        requests = {party: Link(server, party).seal(head, keys) for party in cohort}
+        ids, bad = self._add_all(running, head, exchange("update", requests), intake, server)
 
         def total() -> Tensor:
             if not ids:
                 return torch.zeros(intake.d)
-            whole = replace(head, length=running.length, parts=running.parts, clients=len(ids))
-            asked = replace(whole, stage="sum", party=SERVER)
-            answer, parts = unseal(_only(exchange, "decrypt", seal(asked, running.serialized())))
-            answer.require(replace(whole, stage="decrypt", parts=1))
-            return intake.total(self._opened(parts[0], intake.width)).float()
+            link = Link(server, KEY_HOLDER)
+            asked = replace(head, stage="sum", length=running.length, parts=running.parts, clients=len(ids))
+            answer = _only(exchange, "decrypt", link.seal(asked, running.serialized()))
+            parts = link.expect(answer, replace(asked, stage="decrypt"))
+            return intake.total(self._opened(b"".join(parts), intake.width))
 
         return SumView(total, tuple(sorted(ids)), intake.d, bad)
 
     def _add_all(
-        self, running: _Running, head: Header, replies: Iterator[tuple[int, bytes]], least_answers: int
+        self, running: _Running, head: Header, replies: Iterator[tuple[int, bytes]], intake: Intake, server: Party
     ) -> tuple[list[int], int]:
         """Adds what is whole and fits -> the clients in the sum, and how many were left out.
 
         Raises:
-          RoundFailed: every row lies beyond the bound, or too few rows are left.
+          RoundFailed: every row lies beyond the bound.
+          TooFewClients: too few rows are left.
         """
         ids: list[int] = []
         broken = refused = 0
         for party, reply in replies:
-            own = replace(head, party=party, stage="update", length=running.length, parts=running.parts, clients=1)
+            own = replace(head, stage="update", length=running.length, clients=1)
+            own = replace(own, weight=intake.weights.get(party, 1.0))
             try:
-                header, parts = unseal(reply)
+                header, parts = Link(server, party).open(reply)
                 if header == _refusal(own):
                     refused += 1
-                else:
-                    header.require(own)
-                    running.add(parts)
-                    ids.append(party)
+                    continue
+                header.require(replace(own, parts=running.parts))
+                running.add(parts)
+                ids.append(party)
             except BrokenEnvelope:
                 broken += 1
         if refused and not ids:
             raise RoundFailed(f"bound={self.bound}: the rows of {refused} clients lie beyond; raise bound or clip")
-        if len(ids) < least_answers:
-            raise RoundFailed(f"least_answers={least_answers}: {len(ids)} client(s) answered; their sum stays closed")
+        if len(ids) < intake.least_answers:
+            raise TooFewClients(
+                f"least_answers={intake.least_answers}: {len(ids)} client(s) answered; their sum stays closed"
+            )
         if ids and len(ids) < self.smallest_release:
-            raise RoundFailed(f"smallest_release={self.smallest_release}: only {len(ids)} client(s) answered")
+            raise TooFewClients(f"smallest_release={self.smallest_release}: only {len(ids)} client(s) answered")
         return ids, broken + refused
 
-    def _make_keys(self, memory: Memory) -> tuple[Memory, bytes]:
+    def _make_keys(self, party: Party, memory: Memory) -> tuple[Memory, bytes]:
         context = _new_context(self.parameters)
         public = context.serialize(save_secret_key=False, save_galois_keys=False, save_relin_keys=False)
         secret = context.serialize(save_secret_key=True, save_galois_keys=False, save_relin_keys=False)
-        head = self._head(public, token_bytes(16))
-        return {**memory, "secret": secret, "key": head.key, "nonce": head.nonce}, seal(head, [public])
+        head = self._head(public)
+        signature = sign(party, self._signed(party, public))
+        return {**memory, "secret": secret, "key": head.key}, Link(party, SERVER).seal(head, [public, signature])
 
-    def _encrypt(self, party: int, request: bytes, update: Update) -> bytes:
+    def _encrypt(self, party: Party, request: bytes, update: Update) -> bytes:
         import tenseal as ts
 
-        head, context = self._open_keys(request)
+        head, _, context = self._open_keys(party, SERVER, request)
         encoded = update()  # trains the client
         require(not encoded.side, f"side information {sorted(encoded.side)} cannot travel in a sum; use Plaintext")
-        row, slots = encoded.rows[0], self.parameters.slots
-        own = replace(head, party=party, stage="update", length=len(row), parts=ceil(len(row) / slots), clients=1)
+        row, slots, link = encoded.rows[0], self.parameters.slots, Link(party, SERVER)
+        own = replace(head, stage="update", length=len(row), clients=1, weight=encoded.weight)
         try:
             values = self.steps(row) / 2.0**self.bits  # exact: a power of two
-        except InvalidArgument:
-            return seal(_refusal(own), [])
+        except Overflow:
+            return link.seal(_refusal(own), [])
         # More than `slots` values would make SEAL print a warning and TenSEAL cut the vector by itself.
-        chunks = [values[at : at + slots] for at in range(0, len(values), slots)]
-        return seal(own, [ts.ckks_vector(context, chunk).serialize() for chunk in chunks])
+        parts = [ts.ckks_vector(context, values[at : at + slots]).serialize() for at in range(0, len(values), slots)]
+        return link.seal(replace(own, parts=len(parts)), parts)
 
-    def _decrypt(self, memory: Memory, request: bytes) -> bytes:
-        header, parts = unseal(request)
+    def _decrypt(self, party: Party, memory: Memory, request: bytes) -> bytes:
+        link = Link(party, SERVER)
+        header, parts = link.open(request)
         n, length = header.clients, max(header.length, 1)  # the server's word
-        expected = replace(self._head(b"", memory["nonce"]), key=memory["key"], stage="sum", party=SERVER)
-        header.require(replace(expected, length=length, parts=ceil(length / self.parameters.slots), clients=n))
-        if not self.smallest_release <= n <= self.clients:
+        expected = replace(self._head(b""), key=memory["key"], stage="sum", length=length, clients=n)
+        header.require(replace(expected, parts=ceil(length / self.parameters.slots)))
+        if n < self.smallest_release:
+            raise TooFewClients(f"a sum of {n} clients: expected {self.smallest_release} to {self.clients}")
+        if n > self.clients:
             raise RoundFailed(f"a sum of {n} clients: expected {self.smallest_release} to {self.clients}")
         running = _Running(_parsed(memory["secret"]), self.parameters, length)
         running.add(parts)
@@ -237,7 +273,7 @@ class CKKS(Channel):
         if not (distance <= _OFF_GRID and largest <= n * 2.0**self.bits):
             raise RoundFailed("the sum is not whole steps within the bound: another key, or a malicious client")
         whole = self._noisy(whole)
-        return seal(replace(header, stage="decrypt", party=KEY_HOLDER, parts=1), [whole.astype("<i8").tobytes()])
+        return link.seal(replace(header, stage="decrypt", parts=1), [whole.astype("<i8").tobytes()])
 
     def _noisy(self, whole: NDArray[np.float64]) -> NDArray[np.float64]:
         """The sum in steps with the plan's noise: whole steps too, and exact in float64."""
@@ -249,19 +285,24 @@ class CKKS(Channel):
 
     def _opened(self, values: bytes, width: int) -> Tensor:
         if len(values) != 8 * width:
-            raise BrokenEnvelope(f"a sum of {len(values)} bytes, expected 8 for each of {width} numbers")
+            raise Corrupt(f"a sum of {len(values)} bytes, expected 8 for each of {width} numbers")
         return torch.from_numpy(np.frombuffer(values, "<i8") * self.step)
 
-    def _open_keys(self, message: bytes) -> tuple[Header, Any]:
-        """Checks the key holder's message -> its header and the public context."""
-        header, parts = unseal(message)
-        header.require(self._head(parts[0] if parts else b"", header.nonce))
-        return header, _public_context(parts[0], self.parameters)
+    def _open_keys(self, party: Party, sender: int, message: bytes) -> tuple[Header, list[bytes], Any]:
+        """Checks a message with the key holder's public key -> its header, its parts and the public context."""
+        header, parts = Link(party, sender).open(message)
+        header.require(replace(self._head(parts[0] if parts else b""), parts=2))
+        public, signature = parts
+        verify(party.pinned(KEY_HOLDER), self._signed(party, public), signature)
+        return header, parts, _public_context(public, self.parameters)
 
-    def _head(self, public: bytes, nonce: bytes) -> Header:
-        """The key holder's first message; all others of a round share its first four fields."""
-        agreed = fingerprint(repr(self).encode())
-        return Header("ckks", agreed, fingerprint(public), nonce, KEY_HOLDER, "keys", length=0, parts=1, clients=0)
+    def _head(self, public: bytes) -> Header:
+        """The key holder's first message; all others of a round share what they agree on."""
+        return Header("ckks", fingerprint(repr(self).encode()), fingerprint(public), "keys", parts=2, scale=self.step)
+
+    def _signed(self, party: Party, public: bytes) -> bytes:
+        """What the key holder signs: these parameters, this round, this key."""
+        return b"ckks keys" + fingerprint(repr(self).encode()) + pack(">q", party.round) + public
 
 
 @final
@@ -306,12 +347,12 @@ class _Running:
             vector = ts.ckks_vector_from(self._context, part)
             ciphertexts = vector.ciphertext()
         except (ValueError, RuntimeError) as error:
-            raise BrokenEnvelope(f"a part of {len(part)} bytes is no ciphertext of these parameters") from error
+            raise Corrupt(f"a part of {len(part)} bytes is no ciphertext of these parameters") from error
         # A ciphertext at a lower level would silently pull our sum down to it.
         shapes = [(c.size(), c.parms_id(), c.scale) for c in ciphertexts]
         own = [(c.size(), c.parms_id(), c.scale) for c in like.ciphertext()]
         if vector.size() != size or shapes != own:
-            raise BrokenEnvelope(f"a ciphertext of {vector.size()} numbers, expected {size} at our level and scale")
+            raise ParameterMismatch(f"a ciphertext of {vector.size()} numbers, expected {size} at our level and scale")
         return vector
 
 
@@ -344,7 +385,7 @@ def _parsed(content: bytes) -> Any:
     try:
         return ts.context_from(content, 1)
     except (ValueError, RuntimeError) as error:
-        raise BrokenEnvelope("the key holder's message holds no keys") from error
+        raise Corrupt("the key holder's message holds no keys") from error
 
 
 @lru_cache(maxsize=2)
@@ -361,5 +402,5 @@ def _public_context(content: bytes, parameters: CKKSParameters) -> Any:
     chain = tuple(prime.value().bit_length() for prime in ring.coeff_modulus())
     got = (ring.poly_modulus_degree(), chain, context.global_scale, context.has_secret_key())
     if got != (parameters.degree, parameters.chain, parameters.scale, False):
-        raise BrokenEnvelope("the key holder's message holds keys of other parameters, or a secret one")
+        raise ParameterMismatch("the key holder's message holds keys of other parameters, or a secret one")
     return context

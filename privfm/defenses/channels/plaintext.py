@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -11,10 +11,24 @@ from torch import Tensor
 
 from privfm.blocks import finite
 from privfm.checks import BrokenEnvelope
-from privfm.contracts import Channel, Encoded, Exchange, Intake, MatrixView, Memory, Reveals, Update, View
+from privfm.contracts import (
+    SERVER,
+    Channel,
+    Encoded,
+    Exchange,
+    Intake,
+    MatrixView,
+    Memory,
+    Party,
+    Reveals,
+    Update,
+    View,
+)
+from privfm.defenses.channels.envelope import Header, Link
 from privfm.defenses.views import SumView
 
 _SIDE = "side/"
+_HEAD = Header("plain", stage="update", parts=1, clients=1)
 
 
 @final
@@ -25,8 +39,11 @@ class Plaintext(Channel):
     | reply                                             | result                           |
     |---------------------------------------------------|----------------------------------|
     | none                                              | a drop-out                       |
+    | changed, replayed, not from this client           | left out and counted in `bad`    |
     | unparsable, wrong keys, width or type, not finite | left out and counted in `bad`    |
     | longer than the plan's clip                       | clipped again (`intake.row`)     |
+
+    Messages are authenticated, not encrypted: whoever listens on the way reads them, too.
 
     Cost: 4 bytes a parameter and client. A rule that needs only the sum costs one float64 row of server memory,
     whatever the cohort: rows are added as they come. Any other rule costs n float32 rows.
@@ -35,11 +52,21 @@ class Plaintext(Channel):
     reveals = Reveals.EACH
     client_stages = ("update",)
 
-    def reply(self, party: int, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
-        return memory, packed(update())
+    @property
+    def learns(self) -> Mapping[str, str]:
+        return {
+            "server": "every update, and who took part",
+            "clients": "the released model",
+            "trust": "the server",
+        }
+
+    def reply(self, party: Party, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
+        encoded = update()
+        head = replace(_HEAD, length=encoded.rows.shape[1], weight=encoded.weight)
+        return memory, Link(party, SERVER).seal(head, [packed(encoded)])
 
     def collect(self, cohort: Sequence[int], intake: Intake, exchange: Exchange) -> View:
-        replies = _opened(exchange("update", dict.fromkeys(cohort, b"")), intake)
+        replies = _opened(exchange("update", dict.fromkeys(cohort, b"")), intake, exchange.server)
         return _sum(replies, intake.d) if intake.needs == Reveals.SUM else _matrix(replies, cohort, intake.d)
 
 
@@ -77,11 +104,13 @@ def unpacked(message: bytes, width: int) -> Encoded:
     return Encoded(rows, {name.removeprefix(_SIDE): value for name, value in tensors.items()})
 
 
-def _opened(replies: Iterator[tuple[int, bytes]], intake: Intake) -> Iterator[tuple[int, Tensor | None]]:
+def _opened(replies: Iterator[tuple[int, bytes]], intake: Intake, server: Party) -> Iterator[tuple[int, Tensor | None]]:
     """Each reply as a finite float32 row `(d,)`, or None."""
     for party, reply in replies:
         try:
-            row = intake.row(unpacked(reply, intake.width))
+            head = replace(_HEAD, length=intake.width, weight=intake.weights.get(party, 1.0))
+            (content,) = Link(server, party).expect(reply, head)
+            row = intake.row(unpacked(content, intake.width))
         except Exception:  # a codec meets whatever a client chose to send: missing names, indices out of range ...
             yield party, None
             continue

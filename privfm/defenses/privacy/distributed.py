@@ -296,8 +296,11 @@ class DistributedNoise(Transform):
 
     @property
     def modulus(self) -> int:
-        """Sums are taken modulo this number."""
         return 1 << self.modulus_bits
+
+    @property
+    def largest_whole(self) -> int | None:
+        return self.modulus // 2
 
     def bound(self, d: int) -> float:
         """D, the sensitivity in steps: `rounding_bound`."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from privfm.contracts import Channel, Encoded, Intake, Memory, Reveals, Transform
+from privfm.contracts import SERVER, Channel, Encoded, Identity, Intake, Memory, Party, Reveals, Transform
+from privfm.defenses.channels.envelope import Header, Link
+from privfm.defenses.channels.identities import new_identity, public_identity
 from privfm.defenses.transforms import Chain
 
 PLAIN = Chain(())
@@ -17,6 +19,32 @@ PLAIN = Chain(())
 
 def _unchanged(party: int, reply: bytes) -> bytes:
     return reply
+
+
+class Roster:
+    """Everybody's identity, as a simulation would hold them."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, Identity] = {}
+
+    def party(self, number: int, now: int = 0) -> Party:
+        return Party(number, now, self._made.setdefault(number, new_identity()), self.public)
+
+    def public(self, number: int) -> bytes:
+        return public_identity(self.party(number).identity)
+
+    def opened(self, message: bytes, sender: int, receiver: int = SERVER, now: int = 0) -> tuple[Header, list[bytes]]:
+        """Header and parts of a message, as its receiver opens it."""
+        return Link(self.party(receiver, now), sender).open(message)
+
+    def sealed(
+        self, header: Header, parts: Sequence[bytes], sender: int, receiver: int = SERVER, now: int = 0
+    ) -> bytes:
+        """A message as its sender seals it: what a malicious client may say in its own name."""
+        return Link(self.party(sender, now), receiver).seal(replace(header, parts=len(parts)), parts)
+
+
+ROSTER = Roster()
 
 
 @dataclass
@@ -28,6 +56,11 @@ class Wire:
     memories: dict[int, Memory] = field(default_factory=dict)
     sent: list[tuple[str, int, bytes]] = field(default_factory=list)
     received: list[tuple[str, int, bytes]] = field(default_factory=list)
+    round: int = 0
+
+    @property
+    def server(self) -> Party:
+        return ROSTER.party(SERVER, self.round)
 
     def __call__(self, stage: str, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
         for party, request in requests.items():
@@ -35,11 +68,19 @@ class Wire:
             if party in self.lost.get(stage, set()):
                 continue
             memory, reply = self.channel.answer(
-                party, stage, self.memories.get(party, {}), request, lambda party=party: self.update(party)
+                ROSTER.party(party, self.round),
+                stage,
+                self.memories.get(party, {}),
+                request,
+                lambda party=party: self.update(party),
             )
             self.memories[party] = memory
             self.received.append((stage, party, self.change(party, reply)))
             yield party, self.received[-1][2]
+
+    def replies(self, stage: str) -> dict[int, bytes]:
+        """What came at a stage, by party."""
+        return {party: content for at, party, content in self.received if at == stage}
 
     def update(self, party: int) -> Encoded:
         row = self.rows[party]
@@ -54,6 +95,11 @@ def _gaussian(n: int, d: int, seed: int = 0) -> dict[int, Tensor]:
 
 def _intake(d: int, needs: Reveals = Reveals.SUM, codecs: Transform = PLAIN, max_norm: float = float("inf")) -> Intake:
     return Intake(codecs, d, needs, max_norm)
+
+
+@pytest.fixture
+def roster() -> Roster:
+    return ROSTER
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_no_more_is_answered_than_is_revealed(channel, wire, gaussian, intake):
 
 
 @each_channel
-def test_a_client_answers_each_stage_once_and_in_order(channel, wire, gaussian, intake):
+def test_a_client_answers_each_stage_once_and_in_order(channel, wire, gaussian, intake, roster):
     rows = gaussian(3, 4)
     line = wire(channel, rows)
     channel.collect(list(rows), intake(4), line).total()
@@ -138,31 +138,33 @@ def test_a_client_answers_each_stage_once_and_in_order(channel, wire, gaussian, 
     assert stages == list(channel.client_stages)
     for stage in channel.client_stages:
         with pytest.raises(InvalidArgument, match="repeated, out of order"):
-            channel.answer(3, stage, line.memories[3], b"", lambda: line.update(3))
+            channel.answer(roster.party(3), stage, line.memories[3], b"", lambda: line.update(3))
     for stage in {*channel.client_stages[1:], *channel.key_holder_stages, "unheard"}:
         with pytest.raises(InvalidArgument, match="repeated, out of order"):
-            channel.answer(3, stage, {}, b"", lambda: line.update(3))
+            channel.answer(roster.party(3), stage, {}, b"", lambda: line.update(3))
 
 
 @each_channel
-def test_the_key_holder_answers_each_stage_once(channel, wire, gaussian, intake):
+def test_the_key_holder_answers_each_stage_once(channel, wire, gaussian, intake, roster):
     rows = gaussian(3, 4)
     line = wire(channel, rows)
     channel.collect(list(rows), intake(4), line).total()
     assert tuple(stage for stage, party, _ in line.received if party == KEY_HOLDER) == channel.key_holder_stages
     for stage in {*channel.key_holder_stages, *channel.client_stages}:
         with pytest.raises(InvalidArgument, match="repeated, out of order"):
-            channel.answer(KEY_HOLDER, stage, line.memories.get(KEY_HOLDER, {}), b"", lambda: line.update(3))
+            channel.answer(
+                roster.party(KEY_HOLDER), stage, line.memories.get(KEY_HOLDER, {}), b"", lambda: line.update(3)
+            )
 
 
 @each_channel
-def test_memory_is_bytes_and_not_mutated(channel, wire, gaussian, intake):
+def test_memory_is_bytes_and_not_mutated(channel, wire, gaussian, intake, roster):
     rows = gaussian(3, 4)
     line = wire(channel, rows)
     channel.collect(list(rows), intake(4), line)
     memory = {"mine": b"kept"}
     request = next(content for stage, party, content in line.sent if (stage, party) == (channel.client_stages[0], 3))
-    after, reply = channel.answer(3, channel.client_stages[0], memory, request, lambda: line.update(3))
+    after, reply = channel.answer(roster.party(3), channel.client_stages[0], memory, request, lambda: line.update(3))
     assert memory == {"mine": b"kept"}
     assert isinstance(reply, bytes)
     assert all(isinstance(value, bytes) for value in after.values())

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save
 
 from privfm.checks import BrokenEnvelope
-from privfm.contracts import Encoded, MatrixView, Reveals, Transform
+from privfm.contracts import SERVER, Encoded, MatrixView, Reveals, Transform
 from privfm.defenses.channels import Plaintext
 from privfm.defenses.channels.plaintext import packed, unpacked
 from privfm.defenses.views import SumView
@@ -58,20 +58,26 @@ def test_the_sum_does_not_depend_on_the_order_of_arrival(wire, intake):
     assert not torch.equal(sum(rows, torch.zeros(50)), sum(reversed(rows), torch.zeros(50)))
 
 
-def test_memory_does_not_grow_with_the_cohort_when_the_sum_is_enough(intake):
+def test_memory_does_not_grow_with_the_cohort_when_the_sum_is_enough(intake, roster):
     d = 20_000
-    reply = packed(Encoded(torch.ones(1, d), {}))
+    size = 4 * d
 
-    def exchange(stage, requests):
-        for party in requests:
-            yield party, bytes(bytearray(reply))  # a message of its own for each client
+    class Line:
+        server = roster.party(SERVER)
+
+        def __call__(self, stage, requests):
+            for party in requests:  # a message of its own for each client
+                yield (
+                    party,
+                    Plaintext().answer(roster.party(party), stage, {}, b"", lambda: Encoded(torch.ones(1, d), {}))[1],
+                )
 
     tracemalloc.start()
-    view = Plaintext().collect(range(60), intake(d), exchange)
+    view = Plaintext().collect(range(60), intake(d), Line())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert view.n == 60
-    assert peak < 8 * len(reply)
+    assert peak < 8 * size
 
 
 def test_side_information_travels(wire, gaussian, intake):
@@ -118,9 +124,13 @@ def test_what_a_codec_cannot_decode_is_a_bad_row(side, needs, wire, gaussian, in
         pytest.param(save({}), id="nothing"),
     ],
 )
-def test_a_malformed_message_is_a_bad_row(message, needs, wire, gaussian, intake):
+def test_a_malformed_message_is_a_bad_row(message, needs, wire, gaussian, intake, roster):
     rows = gaussian(3, 6)
-    line = wire(Plaintext(), rows, change=lambda party, reply: message if party == 6 else reply)
+
+    def change(party, reply):
+        return roster.sealed(roster.opened(reply, party)[0], [message], party) if party == 6 else reply
+
+    line = wire(Plaintext(), rows, change=change)
     view = Plaintext().collect(list(rows), intake(6, needs), line)
     assert (view.ids, view.bad) == ((3, 9), 1)
     torch.testing.assert_close(view.total(), rows[3] + rows[9])
