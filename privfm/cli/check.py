@@ -17,6 +17,7 @@ from privfm.cli.explain import public_classes
 from privfm.cli.run import Request, request
 from privfm.contracts import Cast, Channel, Encoded, Intake, Knows, Reveals, Rule, Table, UpdateAttack
 from privfm.defenses import DPPlan, Mean
+from privfm.defenses.channels import PairwiseMasks
 from privfm.engines import Local
 from privfm.experiment import RunConfig, arm_of, deal
 from privfm.experiment.run import AccountedFacts, affordable_rounds
@@ -36,15 +37,9 @@ LARGEST_MEASURED = 1 << 22
 
 SAMPLES: dict[str, Any] = {
     "bound": 1.0, "clients": 1000, "f": 1, "max_norm": 1.0, "radius": 1.0, "rule": Mean(), "s": 2, "step_size": 0.01,
-    "threshold": 4,
+    "threshold": 4, "bits": 16, "channel": PairwiseMasks(clients=1000), "size": 10, "protected": ((0, 500),),
 }  # fmt: skip
 """Values for the required fields of rules and channels, by name, for the table of what fits together."""
-
-ROW_SEEN = {
-    Reveals.EACH: "every client's update, and who took part",
-    Reveals.GRAM: "lengths and angles of the updates, one weighted sum of them, and who took part",
-    Reveals.SUM: "the sum of the updates, and who took part",
-}
 
 
 @final
@@ -198,8 +193,12 @@ def _who_sees_what(outline: Outline) -> Iterator[tuple[str, str]]:
     """Each party's view, from channel, plan and attack."""
     arm = outline.arm
     curious = "" if arm.server_attack is None else f"; it is curious: {arm.server_attack!r}"
-    yield "server sees", f"{ROW_SEEN[arm.channel.reveals]}{_noised_for_server(arm.plan)}{curious}"
-    yield "key holder sees", _key_holder(arm.channel, arm.plan)
+    yield "server sees", f"{arm.wire.learns['server']}{_noised_for_server(arm.plan)}{curious}"
+    yield "key holder sees", _key_holder(arm)
+    clear = arm.wire.unprotected(outline.d)
+    yield "in the clear", f"{clear:.1%} of each update{'; the rest is encrypted' if 0 < clear < 1 else ''}"
+    yield "trusted", arm.wire.learns["trust"]
+    yield from arm.wire.facts(outline.d, round(arm.sampling.expected(outline.clients))).items()
     known = () if arm.attack is None else arm.attack.knowledge
     granted = f"; the malicious are granted: {', '.join(known)}" if known else ""
     yield "clients see", f"the model of every round{granted}"
@@ -242,18 +241,22 @@ def _noised_for_server(plan: DPPlan | None) -> str:
     }[plan.place]
 
 
-def _key_holder(channel: Channel, plan: DPPlan | None) -> str:
-    if not channel.key_holder_stages:
+def _key_holder(arm: Arm) -> str:
+    channel, plan = arm.wire, arm.plan
+    if "key holder" not in channel.learns:
         return "nothing: there is none"
+    own = plan is not None and plan.place == "key_holder"
+    noise = ", before it adds the noise" if own else _noised_for_server(plan)
     limits = channel.limits
-    if limits is None:
-        own = plan is not None and plan.place == "key_holder"
-        noise = ", before it adds the noise" if own else _noised_for_server(plan)
-        return f"{ROW_SEEN[channel.reveals]}{noise}; it and the server must not collude"
-    return (
-        f"{ROW_SEEN[channel.reveals]}; it grants {limits.max_references} references and sums of effectively "
-        f"{limits.smallest_release:g} clients or more, and must not collude with the server"
+    granted = (
+        ""
+        if limits is None
+        else (
+            f"; it grants {limits.max_references} references and sums of effectively {limits.smallest_release:g} clients "
+            "or more"
+        )
     )
+    return f"{channel.learns['key holder']}{noise}{granted}"
 
 
 def _privacy(outline: Outline) -> str:

@@ -105,6 +105,7 @@ class Channel(ABC):
       key_holder_stages: stages of the key holder, in order, each at most once.
       integers: it carries whole numbers only.
       server_learns_sum: False where clients alone open the result, and the server never sees the model.
+      decides: its key holder runs the rule (`with_rule`); the server learns weights, and no inner product.
     """
 
     reveals = Reveals.SUM
@@ -112,6 +113,7 @@ class Channel(ABC):
     key_holder_stages: tuple[str, ...] = ()
     integers = False
     server_learns_sum = True
+    decides = False
 
     @property
     def limits(self) -> GramLimits | None:
@@ -133,10 +135,13 @@ class Channel(ABC):
         """Sums of whole numbers are taken modulo this, into [-m/2, m/2); None: they are exact."""
         return None
 
-    @property
-    def groups(self) -> int | None:
-        """Rows are means of so many random groups of clients; None: of single clients."""
+    def rows(self, n: int) -> int | None:
+        """Rows that a rule sees of n clients, where each is the mean of a random group; None: of single clients."""
         return None
+
+    def unprotected(self, d: int) -> float:
+        """Share of a client's d values that the server reads in the clear."""
+        return float(self.reveals is Reveals.EACH and self.rows(1) is None)
 
     @property
     def grid(self) -> float | None:
@@ -174,6 +179,10 @@ class Channel(ABC):
     @abstractmethod
     def learns(self) -> Mapping[str, str]:
         """Who learns what, by role: `server`, `key holder` where there is one, `clients`; `trust`: what for."""
+
+    def facts(self, d: int, n: int) -> Mapping[str, str]:
+        """What it says of itself before a run with n clients of d values: by name, in words and numbers."""
+        return {}
 
     @final
     def answer(self, party: Party, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:

@@ -50,6 +50,7 @@ class View(ABC):
       passes: full reads of the rows so far (a block of k of d columns counts k/d).
       client_weights: `(n,)` float64 of sum 1 where the server, not the client, has given rows unequal weight (how much
         data it knows a client to hold); None: all count the same.
+      clear: `(n, d)`, what the server reads of single rows where only a part of each is encrypted, NaN elsewhere.
       folded: sum of the weights that clients have multiplied their rows by; None: they have not, and `client_weights`
         are still to be applied.
     """
@@ -60,6 +61,7 @@ class View(ABC):
     bad = 0
     passes = 0.0
     client_weights: Tensor | None = None
+    clear: Tensor | None = None
     folded: float | None = None
 
     @property

@@ -45,7 +45,7 @@ from privfm.defenses.privacy import (
 from privfm.defenses.sign_rules import RobustLearningRate, SignMajority
 from privfm.defenses.spectral_rules import CovarianceFilter, DivideAndConquer
 from privfm.defenses.subset_rules import SMEA, MinimumDiameterAveraging
-from privfm.defenses.transforms import Chain, ClientMomentum, Clip
+from privfm.defenses.transforms import Chain, ClientMomentum, Clip, FixedPoint
 
 __all__ = [
     "AdaptiveQuantile",
@@ -76,6 +76,7 @@ __all__ = [
     "FLAME",
     "FLDetector",
     "FLTrust",
+    "FixedPoint",
     "FoolsGold",
     "GeometricMedian",
     "GramRule",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from privfm.blocks import compute_dtype
 from privfm.checks import NotRevealed
-from privfm.contracts import MatrixView, View, WireView
+from privfm.contracts import Decision, MatrixView, View, WireView
 
 
 @final
@@ -90,31 +90,47 @@ class MixedView(View):
 
 @final
 class WatchedView(View):
-    """Passes everything on and writes down what came back: `seen` is the server's view of the wire."""
+    """Passes everything on and writes down what came back.
 
-    def __init__(self, below: View) -> None:
+    Args:
+      below: the view.
+      learns_sum: whether the server itself sees sums, or clients alone open them.
+
+    Attributes:
+      vectors: every total and weighted sum `(d,)`, in order, whoever sees them.
+    """
+
+    def __init__(self, below: View, learns_sum: bool = True) -> None:
         self.below, self.reveals, self.ids, self.d, self.bad = below, below.reveals, below.ids, below.d, below.bad
-        self.client_weights = below.client_weights
-        self._vectors: list[Tensor] = []
+        self.client_weights, self.clear, self.folded = below.client_weights, below.clear, below.folded
+        self.vectors: list[Tensor] = []
+        self._learns_sum = learns_sum
         self._grams: list[Tensor] = []
+        self._weights: list[Tensor] = []
 
     def total(self) -> Tensor:
-        self._vectors.append(self.below.total())
-        return self._vectors[-1]
+        self.vectors.append(self.below.total())
+        return self.vectors[-1]
 
     def gram(self, references: Tensor) -> Tensor:
         self._grams.append(self.below.gram(references))
         return self._grams[-1]
 
     def weighted_sum(self, weights: Tensor, references: Tensor) -> Tensor:
-        self._vectors.append(self.below.weighted_sum(weights, references))
-        return self._vectors[-1]
+        self.vectors.append(self.below.weighted_sum(weights, references))
+        return self.vectors[-1]
+
+    def decided(self, references: Tensor, seed: int) -> Decision:
+        decision = self.below.decided(references, seed)
+        self._weights.append(decision.weights)
+        return decision
 
     def block(self, lo: int, hi: int) -> Tensor:
         return self.below.block(lo, hi)
 
     @property
     def seen(self) -> WireView:
-        """Everything the server received through this view."""
-        rows = self.below.rows if isinstance(self.below, MatrixView) else None
-        return WireView(self.reveals, self.ids, tuple(self._vectors), tuple(self._grams), rows)
+        """The server's view of the wire: everything it received through this view."""
+        rows = self.below.rows if isinstance(self.below, MatrixView) else self.clear
+        vectors = tuple(self.vectors) if self._learns_sum else ()
+        return WireView(self.reveals, self.ids, vectors, tuple(self._grams), rows, tuple(self._weights))

@@ -20,7 +20,7 @@ def detection(rows: Sequence[Mapping[str, object]]) -> dict[str, float | None]:
       Shares of the attackers that it judged malicious and of the others that it did, None where it judges nobody or
       there is none; and the median and largest of the rounds' empirical robustness coefficients.
     """
-    judged = [row for row in rows if row.get("detected") is not None]
+    judged = [row for row in rows if row.get("detected_malicious") is not None]
     caught, attackers = (sum(column(judged, name)) for name in ("detected_malicious", "arrived_malicious"))
     accused, arrived = (sum(column(judged, name)) for name in ("detected", "arrived"))
     kappas = column(rows, "empirical_kappa")

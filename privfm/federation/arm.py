@@ -26,6 +26,7 @@ from privfm.contracts import (
     Transform,
 )
 from privfm.defenses.channels import Plaintext
+from privfm.defenses.delegated import Delegated
 from privfm.defenses.mean import Mean
 from privfm.defenses.privacy import DPPlan
 from privfm.defenses.privacy.releases import QuantileRelease
@@ -102,10 +103,18 @@ class Arm:
 
     @property
     def wire(self) -> Channel:
-        """The channel, whose key holder adds the noise where the plan says so."""
-        if self.plan is None or self.plan.place != "key_holder":
-            return self.channel
-        return self.channel.with_noise(self.plan.noise_multiplier, self.plan.max_grad_norm)
+        """The channel as all parties agree on it: with the rule, the plan's noise and its fewest answers."""
+        channel, plan = self.channel.with_rule(self.rule), self.plan
+        if plan is not None and plan.place == "key_holder":
+            channel = channel.with_noise(plan.noise_multiplier, plan.max_grad_norm)
+        if plan is not None and plan.integers is not None:
+            channel = channel.with_floor(plan.integers.least_answers)
+        return channel
+
+    @property
+    def folds(self) -> bool:
+        """Whether clients multiply their rows by their weights: where only a sum is revealed, nobody else could."""
+        return self.weighting != "equal" and self.channel.reveals is Reveals.SUM
 
     def steps(self, layers: Spans, bound: float | None = None) -> Chain:
         """What an honest client does and a malicious one skips; the plan's clip is the last of it.
@@ -150,8 +159,11 @@ class Arm:
 
     def intake(self, d: int, rule: Rule, state: State) -> Intake:
         """How the server opens what arrives, under the rule and its state."""
-        weighed = self.weighting != "equal"
-        opened = weighed or self.server_attack is not None or self.adapters is not None
+        opened = (
+            (self.weighting != "equal" and not self.folds)
+            or self.server_attack is not None
+            or self.adapters is not None
+        )
         needs = Reveals.EACH if opened else rule.needs
         plan = self.plan
         if plan is None or not plan.noises_the_sum:  # rows are noised already where the server sees them
@@ -163,12 +175,12 @@ class Arm:
         return Intake(self.codecs, d, needs, plan.max_grad_norm)
 
     def release(self, d: int, population: int, active: Tensor | None = None) -> Rule:
-        """The rule, or the plan's release in its place.
+        """The rule, whoever runs it, or the plan's release in its place.
 
         Where the server opens rows it clips them itself, to the bound itself; elsewhere codecs may lengthen a row.
         """
         if self.plan is None or not self.plan.noises_the_sum:
-            return self.rule
+            return Delegated(self.rule) if self.channel.decides else self.rule
         bound = self.plan.max_grad_norm
         opened = self.channel.reveals is Reveals.EACH or self.plan.place != "central"
         return self.plan.release(bound if opened else self.codecs.norm_bound(bound, d), population, active)

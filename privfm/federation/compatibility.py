@@ -12,6 +12,7 @@ from privfm.defenses.mean import Mean
 from privfm.defenses.privacy import DPPlan
 from privfm.defenses.privacy.clipping import AdaptiveQuantile
 from privfm.defenses.privacy.integer_noise import IntegerNoise
+from privfm.defenses.transforms import FixedPoint
 from privfm.federation.arm import Arm
 from privfm.federation.optimizers import Average
 from privfm.federation.population import FixedSize, Poisson
@@ -70,6 +71,22 @@ def _channel(arm: Arm, d: int, population: int) -> Iterator[Finding]:
         f"{name} needs {rule.needs.name}, {way} reveals only {channel.reveals.name}",
         f"Mean over {way}, or {name} over a channel that reveals {rule.needs.name}, such as Plaintext",
     )
+    yield (
+        channel.decides and not rule.delegable,
+        f"{name} remembers more than its aggregate, and the key holder of {way}, who runs the rule, remembers nothing",
+        "MultiKrum, GeometricMedian, FLTrust or CenteredClipping, with NearestNeighborMixing or NormBound around them",
+    )
+    grouped = channel.rows(1) is not None
+    yield (
+        grouped and rule.keyed,
+        f"{name} remembers clients, and rows of {way} are means of groups",
+        "a rule that remembers nobody, such as TrimmedMean",
+    )
+    yield (
+        not channel.server_learns_sum and arm.plan is not None and arm.plan.place == "central",
+        f"the server is to add the noise, and over {way} it never sees the sum",
+        "place='key_holder' or place='distributed'",
+    )
     largest = arm.sampling.largest(population)
     yield (
         channel.most_clients is not None and largest > channel.most_clients,
@@ -109,6 +126,21 @@ def _codecs(arm: Arm) -> Iterator[Finding]:
         f"{way} carries whole numbers, the last transform gives real ones",
         "a quantizing codec as the last transform",
     )
+    whole, modulus, most = codecs.largest_whole, channel.modulus, channel.most_clients
+    largest = channel.largest_coordinate
+    fits = largest is None or (whole is not None and whole <= largest)
+    yield (
+        channel.integers and codecs.integers and not fits,
+        f"{way} carries whole numbers up to {largest or 0:g}, the codec gives up to {whole}",
+        "a codec of fewer bits, or a channel of more",
+    )
+    summed = None if whole is None or most is None else most * whole
+    wraps = modulus is not None and codecs.modulus is not None and modulus % codecs.modulus == 0
+    yield (
+        channel.integers and modulus is not None and not wraps and (summed is None or 2 * summed >= modulus),
+        f"{way} adds modulo {modulus}, and {most} rows of up to {whole} may leave it",
+        "more modulus_bits, fewer bits in the codec, or fewer clients",
+    )
     binding = [transform.binding for transform in arm.transforms]
     yield (
         binding != sorted(binding),
@@ -127,6 +159,8 @@ def _rule(arm: Arm, population: int) -> Iterator[Finding]:
         f"a cohort of at most {population}",
     )
     expected = int(arm.sampling.expected(population))
+    rows = arm.channel.rows(expected)
+    expected = expected if rows is None else rows
     message, _, way_out = rule.cohort_message(expected).partition("; ")
     yield (arm.plan is None and expected < rule.smallest_cohort, message, way_out)
 
@@ -145,6 +179,11 @@ def _adapters(arm: Arm) -> Iterator[Finding]:
     """What a geometry of products needs."""
     if arm.adapters is None:
         return
+    yield (
+        arm.channel.rows(1) is not None,
+        f"products of factors need each client's own, rows of {type(arm.channel).__name__} are means of groups",
+        "Plaintext, or leave adapters out",
+    )
     yield (
         arm.channel.reveals < Reveals.EACH,
         f"products of factors need each update, {type(arm.channel).__name__} reveals only {arm.channel.reveals.name}",
@@ -167,14 +206,14 @@ def _weighting(arm: Arm) -> Iterator[Finding]:
     if arm.weighting == "equal":
         return
     yield (
-        not arm.rule.weighted,
+        not arm.rule.weighted or (arm.folds and not isinstance(arm.rule, Mean)),
         f"{type(arm.rule).__name__} counts every update the same",
         "equal weighting, or a rule that takes weights (Mean, GeometricMedian, CenteredClipping, Median)",
     )
     yield (
-        arm.channel.reveals < Reveals.EACH,
-        f"over {type(arm.channel).__name__} clients would have to apply their weights themselves",
-        "equal weighting, or Plaintext",
+        arm.channel.reveals is Reveals.GRAM or arm.channel.rows(1) is not None,
+        f"over {type(arm.channel).__name__} nobody knows what share a row has in what the rule sees",
+        "equal weighting, Plaintext, or Mean over a channel of sums, where clients multiply by their weights",
     )
     yield (
         arm.plan is not None and arm.plan.noises_the_sum,
@@ -250,6 +289,17 @@ def _sum(arm: Arm, plan: DPPlan, d: int, population: int) -> Iterator[Finding]:
         isinf(arm.codecs.norm_bound(bound, d)),
         f"{_names(arm.codecs.parts)} can lengthen a clipped update without bound",
         "codecs with a norm bound",
+    )
+    encodable = arm.codecs.largest_coordinate
+    yield (
+        plan.integers is None and encodable is not None and (plan.adaptive or bound > encodable),
+        f"a clipped update may have a coordinate of {bound:g}, {_names(arm.codecs.parts)} refuses beyond {encodable}",
+        "a codec bound of at least the clip: whether a client refuses would depend on its data",
+    )
+    yield (
+        arm.channel.rows(1) is not None,
+        f"the noise is made for one sum, and {way} reveals one a group",
+        "the channel inside it, place='local', or no plan",
     )
     lengthened = bool(arm.codecs.parts)
     yield (
@@ -358,7 +408,9 @@ def table(rules: list[Rule], channels: list[Channel]) -> list[Combination]:
     for rule in rules:
         for channel in channels:
             for own in (None, plan):
-                arm = Arm(cohort=None if own else Poisson(0.1), rule=rule, channel=channel, plan=own)
+                codec = (FixedPoint(1.0, 16),) if channel.integers else ()
+                cohort = None if own else Poisson(0.1)
+                arm = Arm(cohort=cohort, rule=rule, channel=channel, transforms=codec, plan=own)
                 refused = "; ".join(problem.what for problem in problems(arm, d, population))
                 rows.append(Combination(type(rule).__name__, type(channel).__name__, own is not None, refused))
     return rows

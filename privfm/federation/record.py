@@ -26,10 +26,10 @@ class Record:
       round: counted from 0.
       sampled: clients in the cohort.
       malicious: of them, those that poison in this round.
-      arrived: usable rows.
+      arrived: usable rows: clients, or groups of them.
       bad: rows left out as non-finite or malformed.
       failed: clients whose training raised.
-      arrived_malicious: of them, attackers.
+      arrived_malicious: of them, attackers; None where rows are means of groups.
       kept: clients with a weight above zero; None where a row has no one weight.
       kept_malicious: of them, attackers.
       clipped: clients whose row was scaled down or pulled in; None where the rule does not.
@@ -58,7 +58,7 @@ class Record:
     sampled: int = _shown("private")
     malicious: int = _shown("private")
     arrived: int = _shown("private")
-    arrived_malicious: int = _shown("private")
+    arrived_malicious: int | None = _shown("private")
     bad: int = _shown("private")
     failed: int = _shown("private")
     kept: int | None = _shown("private")

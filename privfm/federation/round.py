@@ -98,7 +98,8 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
     state = _with_root(federation, state, space)
     cohort, state = _drawn(federation, state)
     gone = lost(arm.dropout_rate, arm.channel.client_stages, cohort, generator("dropout", now))
-    way, channel, intake = Way(federation, state, rule, space, cohort), arm.wire, arm.intake(d, rule, state.rule)
+    way, channel = Way(federation, state, rule, space, cohort), arm.wire
+    intake = replace(arm.intake(d, rule, state.rule), weights=way.weights)
     nobody = EmptyView(intake.d)
     traffic = Traffic(federation.engine.open(channel, way.sealed, Cast(now, way.honest, way.malicious, gone)))
 
@@ -111,11 +112,12 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
 
     view, end, skipped, failure = WatchedView(nobody), Conclusion(state, nobody), "", ""
     try:
-        view = WatchedView(channel.collect(cohort, intake, traffic))
+        view = WatchedView(channel.collect(cohort, intake, traffic), channel.server_learns_sum)
         if view.n < intake.least_answers:  # a channel that did not end the round by itself
             raise RoundFailed(f"least_answers={intake.least_answers}: {view.n} client(s) answered; nothing is released")
         if arm.weighting == "examples":
             view.client_weights = _shares(federation.clients, view.ids)
+            view.folded = sum(way.weights[client] for client in view.ids) if arm.folds else None
         end = concluded(view)
     except (RoundFailed, CohortTooSmall) as reason:
         failure = str(reason)
@@ -125,9 +127,11 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
             skipped = failure
 
     arrived = view if end.outcome is None else end.seen
-    kept, kept_malicious = end.counted("kept", way.malicious)
-    clipped, clipped_malicious = end.counted("clipped", way.malicious)
-    detected, detected_malicious = end.counted("detected", way.malicious)
+    grouped = channel.rows(1) is not None
+    known = None if grouped else way.malicious  # a group is nobody
+    kept, kept_malicious = end.counted("kept", known)
+    clipped, clipped_malicious = end.counted("clipped", known)
+    detected, detected_malicious = end.counted("detected", known)
     record = Record(
         round=now,
         sampled=len(cohort),
@@ -135,7 +139,7 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
         arrived=arrived.n,
         bad=arrived.bad,
         failed=len(way.failures),
-        arrived_malicious=len(set(arrived.ids) & set(way.malicious)),
+        arrived_malicious=None if grouped else len(set(arrived.ids) & set(way.malicious)),
         kept=kept,
         kept_malicious=kept_malicious,
         clipped=clipped,
@@ -179,14 +183,14 @@ class Conclusion:
     moved: Moved | None = None
 
     def counted(
-        self, marks: Literal["kept", "clipped", "detected"], malicious: Sequence[int]
+        self, marks: Literal["kept", "clipped", "detected"], malicious: Sequence[int] | None
     ) -> tuple[int | None, int | None]:
-        """How many clients the rule marked so, and how many of those poisoned this round."""
+        """How many rows the rule marked so, and how many of those poisoned this round; None: rows are no clients."""
         found: Tensor | None = getattr(self.outcome, marks, None)
         if found is None:
             return None, None
         marked = {client for client, mark in zip(self.seen.ids, found.tolist(), strict=True) if mark}
-        return len(marked), len(marked & set(malicious))
+        return len(marked), None if malicious is None else len(marked & set(malicious))
 
 
 def _drawn(federation: Federation, state: RunState) -> tuple[tuple[int, ...], RunState]:
@@ -207,6 +211,13 @@ def _shares(clients: Clients, ids: Sequence[int]) -> Tensor:
     """What part of the arrived clients' examples each holds, `(n,)` float64."""
     sizes = torch.tensor([len(clients.examples(client)) for client in ids], dtype=torch.float64)
     return sizes / sizes.sum()
+
+
+def _weights(clients: Clients, cohort: Sequence[int]) -> dict[int, float]:
+    """What each client multiplies its row by: its examples over the most that any of the cohort holds, at most 1."""
+    sizes = {client: len(clients.examples(client)) for client in cohort}
+    most = max(sizes.values(), default=1)
+    return {client: size / most for client, size in sizes.items()}
 
 
 def _with_root(federation: Federation, state: RunState, space: Space) -> RunState:
@@ -237,6 +248,7 @@ class Way:
       malicious: ids of those that do; they act as one batch.
       clients: states of clients as they will be after the round.
       attack: what the attackers will remember.
+      weights: what each client multiplies its row by, where it does.
       norms: L2 norms of the updates as trained.
       failures: why a client's training raised.
       seconds: spent on it.
@@ -254,7 +266,9 @@ class Way:
         self._federation, self._state, self._rule, self._space = federation, state, rule, space
         level = arm.attack.needs if isinstance(arm.attack, UpdateAttack) else Knows.OWN
         self._known = Knowledge(level, len(cohort), self._imagined, state.model[: federation.learner.d], rule)
-        self._spread = Spread() if arm.plan is None else None
+        self.weights = _weights(federation.clients, cohort) if arm.folds else {}
+        plain = arm.plan is None and not arm.folds and arm.channel.rows(1) is None
+        self._spread = Spread() if plain else None
         self._active = arm.active(state.round, federation.learner.adapters)
         self._layers = federation.learner.layers
         self._bound = float(state.rule[BOUND]) if BOUND in state.rule else None  # of this round's clip, where it moves
@@ -290,7 +304,11 @@ class Way:
             self._summed |= set(ids)
         self.seconds += perf_counter() - began
         return {
-            client: Encoded(encoded.rows[k : k + 1], {name: side[k : k + 1] for name, side in encoded.side.items()})
+            client: Encoded(
+                encoded.rows[k : k + 1],
+                {name: side[k : k + 1] for name, side in encoded.side.items()},
+                self.weights.get(client, 1.0),
+            )
             for k, client in enumerate(ids)
         }
 
@@ -302,8 +320,8 @@ class Way:
 
     def channel_error(self, view: WatchedView) -> float | None:
         """See `Record.channel_error_relative_l2`; a simulation knows what was sent."""
-        vectors, arm = view.seen.vectors, self._federation.arm
-        if arm.wire != arm.channel:  # what came differs by the noise of who decrypted it
+        vectors, arm = view.vectors, self._federation.arm
+        if arm.plan is not None and arm.plan.place == "key_holder":  # what came differs by the key holder's noise
             return None
         if not self._sums or not vectors or set(view.ids) != self._summed or not self._plain_sum.any():
             return None
@@ -346,11 +364,13 @@ class Way:
         return encoded.rows, before.updated(ids, after)
 
     def _guarded(self, ids: Sequence[int], rows: Tensor, obeys: bool) -> Tensor:
-        """Rows as the plan wants them: with the client's weight, with its own noise, with what else it reports.
+        """Rows as plan and weighting want them: with the client's weight, its own noise, and what else it reports.
 
         The first two are the client's to do, so that one who does not obey leaves them out; the last is the format.
         """
         plan, federation = self._federation.arm.plan, self._federation
+        if obeys and self.weights and ids:
+            rows = rows * torch.tensor([self.weights[client] for client in ids]).to(rows)[:, None]
         if plan is None or plan.unit == "example":
             return rows
         if obeys and plan.weight_cap is not None:

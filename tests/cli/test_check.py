@@ -36,7 +36,9 @@ def test_a_good_configuration(example: str, capsys: pytest.CaptureFixture[str]) 
     assert found["cohort"] == "20 expected, 20 at most, a round; 10 rounds"
     assert found["smallest cohort"].startswith("9 (2f+1) usable updates for TrimmedMean")
     assert found["server's memory"].startswith("495 kB at most: every update of a cohort (20 x 6,186 x 4 bytes)")
-    assert found["server sees"] == "every client's update, and who took part"
+    assert found["server sees"] == "every update, and who took part"
+    assert found["in the clear"] == "100.0% of each update"
+    assert found["trusted"] == "the server"
     assert found["key holder sees"] == "nothing: there is none"
     assert found["epsilon"].startswith("none. Without a plan")
 
@@ -59,8 +61,10 @@ def test_private_and_encrypted(example: str, capsys: pytest.CaptureFixture[str])
     found = checked(capsys, 0, example, *words)
     epsilon = DPPlan(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.2, delta=1e-3).epsilon(10)
     assert found["privacy after all rounds"].startswith(f"epsilon {epsilon:.3g} at delta 1e-3 after 10 rounds")
-    assert found["server sees"] == "the sum of the updates, and who took part, before any noise"
-    assert found["key holder sees"].endswith("it and the server must not collude")
+    assert found["server sees"] == "ciphertexts, who took part, and the sum, before any noise"
+    assert found["key holder sees"] == "the sum, and how many took part, before any noise"
+    assert found["in the clear"] == "0.0% of each update"
+    assert found["trusted"].endswith("follow the protocol and do not collude")
     assert found["smallest cohort"].startswith("0: under the plan")
     assert found["server's memory"].endswith("one running sum, whatever the cohort")
     assert found["mind"].startswith("over CKKS nobody can make a malicious client clip")

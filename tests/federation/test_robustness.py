@@ -25,7 +25,7 @@ from privfm.contracts import (
     View,
 )
 from privfm.defenses import ClientMomentum, DPPlan, Mean, MultiKrum, TrimmedMean
-from privfm.defenses.channels import CKKS
+from privfm.defenses.channels import CKKS, Plaintext
 from privfm.federation import FixedSize, load, rounds, save
 
 MALICIOUS = tuple(range(0, 60, 5))  # a fifth
@@ -207,9 +207,10 @@ def test_attackers_may_leave_the_client_steps_out(federation, takes):
     assert torch.allclose(seen[1], expected, atol=1e-6)
 
 
-def test_clients_may_count_by_the_examples_the_server_knows_them_to_hold(federation):
+@pytest.mark.parametrize("channel", [Plaintext(), CKKS(bound=20.0, clients=60)], ids=["server weighs", "clients weigh"])
+def test_clients_may_count_by_the_examples_the_server_knows_them_to_hold(federation, channel):
     """Client i holds 24 examples here but for one, which is made to hold three times as many."""
-    made = federation(weighting="examples", cohort=FixedSize(60))
+    made = federation(weighting="examples", cohort=FixedSize(60), channel=channel)
     plain = made.clients
 
     @final
@@ -230,11 +231,29 @@ def test_clients_may_count_by_the_examples_the_server_knows_them_to_hold(federat
     assert not torch.allclose(model.double(), rows.mean(0), rtol=1e-4, atol=1e-6)
 
 
+@final
+@dataclass(frozen=True)
+class SumRule(Rule):
+    """Needs the sum, and knows nothing of weights."""
+
+    @property
+    def needs(self) -> Reveals:
+        return Reveals.SUM
+
+    def step(self, state, view, generator):
+        return state, Outcome(view.total() / view.n)
+
+
+def test_nobody_folds_weights_where_lengths_and_angles_are_revealed(federation, toys):
+    with pytest.raises(InvalidArgument, match="GramVault nobody knows what share a row has"):
+        played(federation(weighting="examples", rule=Mean(), channel=toys["GramVault"](3.0)))
+
+
 @pytest.mark.parametrize(
     ("arm", "said"),
     [
         ({"rule": MultiKrum(1)}, "MultiKrum counts every update the same"),
-        ({"channel": CKKS(bound=1.0, clients=60)}, "over CKKS clients would have to apply their weights themselves"),
+        ({"rule": SumRule(), "channel": CKKS(bound=1.0, clients=60)}, "SumRule counts every update the same"),
         (
             {"plan": DPPlan(noise_multiplier=1.0, max_grad_norm=1.0, sample_rate=0.5, delta=1e-3)},
             "more weight has more sensitivity",

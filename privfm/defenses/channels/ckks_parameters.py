@@ -1,12 +1,27 @@
-"""Which ring CKKS runs in, proved from the number of clients and the resolution, before anything is encrypted."""
+"""Which ring CKKS runs in, proved from the number of clients and what a sum must resolve, before anything is encrypted.
+
+    CKKSParameters.smallest(clients, bits)                                     sums that are exact on a grid
+    CKKSParameters.cheapest(clients, error, depth=0, release="clients")        sums within an error
+    CKKSParameters.cheapest(clients, error, depth=0, release="public")         the same, and room for flooding
+    CKKSParameters.cheapest(clients, error, depth=1, release="clients")        one product of ciphertexts (Gram)
+
+The bound B of a coordinate is not asked for: rows are divided by it before they are encoded, so everything here is
+relative to it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil, log2, sqrt
-from typing import final
+from itertools import combinations_with_replacement
+from math import ceil, log, log2, prod, sqrt
+from typing import Literal, final
 
-from privfm.checks import InvalidArgument, at_least, require
+from privfm.checks import InvalidArgument, at_least, one_of, positive, require
+
+Release = Literal["public", "clients"]
+"""Who sees a decrypted sum. `public`: everybody, the server too, who also holds every ciphertext of the round.
+`clients`: the clients alone; the server never sees the model."""
 
 LARGEST_MODULUS = {2048: 54, 4096: 109, 8192: 218}
 """Bits of all primes together, by ring degree, for 128-bit security against classical computers with a ternary secret.
@@ -19,34 +34,51 @@ SPECIAL_PRIME = 20
 leaves rounding as its only noise once the prime is far above the noise of the public key (8 bits)."""
 
 MARGIN = 64.0
-"""Half a step of the grid, in standard deviations of the noise of a full sum."""
+"""Half a step of the grid, in standard deviations of the noise of a full sum. The noise of a number has the tails of
+a Laplace distribution (see `noise_deviation`), so this fails with probability e^-90."""
 
 LARGEST_SUM = 44
 """Bits of a sum in steps. Encoding and decoding run in double precision (53 bits), with a few bits lost to the FFT."""
 
+LARGEST_WIDTH = 2**22
+"""Numbers of a vector for which a wanted error is promised."""
+
+STATISTICAL_BITS = 40
+"""Of flooding: an adversary's advantage from what decryptions show is at most about 2^-40."""
+
+_FAILURE = 2.0**-20  # probability with which one of LARGEST_WIDTH numbers may exceed the largest error
+_ROUNDING = 2.0**-51  # of a number between -1 and 1, encoded and decoded in double precision; measured 2^-51.8
+_LONGEST_NOISE = 2.0  # L2 norm of a ciphertext's noise over its expectation; see `flooding_deviation`
 _PRIME_BITS = range(30, 61)  # SEAL stops at 60; from 30 on the largest prime lies within 1/256 below its power of two
-_PRIME_GAP = 1 / 128  # of two such primes together
+_PRIME_GAP = 1 / 256
+_LARGEST_SLOT = sqrt(2)  # absolute value of a slot, both of whose parts are at most 1
 _OWN = 2  # encryptions of zero: the server's and the key holder's, to which the clients' are added
+_WHOLE_BYTES = (32, 40, 48, 56, 60)  # a coefficient takes whole bytes on the wire, and a prime at most 60 bits
+_PRODUCT_CHAINS = (((60, 40, 40), 60, 40), ((60, 50, 50), 58, 50))  # data primes, special prime, log2 of the scale
 
 
 @final
 @dataclass(frozen=True)
 class CKKSParameters:
-    """A ring in which a sum of whole numbers neither wraps nor drowns.
+    """A ring in which a sum of rows neither wraps nor drowns.
 
-    A value v in [-1, 1] is sent as the whole number trunc(2^bits v) of *steps*, spread over a ciphertext at `scale`.
+    A coordinate, divided by its bound, is a value v in [-1, 1]; it is encoded as v times `scale`, for sums as the real
+    or the imaginary part of a slot. Where sums must be exact it is a whole number of *steps* of 2^-bits.
 
-    - Head-room: a coefficient of the sum is at most clients * scale < q / 2, for every input (a constant vector
-      attains it), q being the product of the data primes.
-    - Resolution: rounding after decryption gives the whole numbers back, as noise reaches half a step only at
-      `MARGIN` standard deviations.
+    - Head-room: a coefficient of the sum is at most sqrt(2) * clients * scale < q / 2 for every input, q being the
+      product of the data primes: it is a mean of slots, each turned by an angle, of absolute value sqrt(2) at most.
+      (A vector of the signs of these angles' cosines and sines attains 4 / pi in place of sqrt(2).)
+    - Resolution, with a grid: rounding after decryption gives the whole numbers back, as noise reaches half a step
+      only at `MARGIN` standard deviations.
 
     Attributes:
       degree: n of the ring; n/2 numbers fit one ciphertext.
       data_primes: bits of the primes under which ciphertexts travel.
       scale: of the encoding.
       clients: most clients in a sum.
-      bits: of resolution.
+      bits: of resolution of an exact grid; 0: there is none.
+      special_prime: bits of the prime that only keys carry.
+      depth: products of two ciphertexts, each after at most one product with a plaintext. A depth uses up two primes.
 
     Raises:
       InvalidArgument: under 128 bits of security, no head-room, or no resolution.
@@ -56,35 +88,42 @@ class CKKSParameters:
     data_primes: tuple[int, ...]
     scale: float
     clients: int
-    bits: int
+    bits: int = 0
+    special_prime: int = SPECIAL_PRIME
+    depth: int = 0
 
     def __post_init__(self) -> None:
         _check(self.clients, self.bits)
+        positive("scale", self.scale)
+        at_least("special_prime", self.special_prime, SPECIAL_PRIME)
         require(
             self.degree in LARGEST_MODULUS and sum(self.chain) <= LARGEST_MODULUS[self.degree],
             f"degree={self.degree}, chain={list(self.chain)}: expected at most {LARGEST_MODULUS} bits for 128-bit "
-            "security; take `CKKSParameters.smallest`",
+            "security; take `CKKSParameters.smallest` or `cheapest`",
         )
         allowed = all(bits in _PRIME_BITS for bits in self.data_primes)
         require(allowed, f"data_primes={self.data_primes}: expected {_PRIME_BITS.start} to {_PRIME_BITS.stop - 1} bits")
-        needed = data_bits(self.scale, self.clients)
+        spent = self.depth in {0, 1} and len(self.data_primes) > 2 * self.depth
+        require(spent, f"depth={self.depth}: expected 0 or 1, and two primes for it beside the first")
         require(
-            sum(self.data_primes) >= needed,
+            self.scale <= highest_scale(self.degree, self.data_primes, self.clients),
             f"data_primes={self.data_primes} leave no head-room: a sum of clients={self.clients} at scale="
-            f"2^{log2(self.scale):.2f} needs {needed} bits; allow fewer clients or add bits",
+            f"2^{log2(self.scale):.2f} needs {data_bits(self.scale, self.clients)} bits; allow fewer clients or add "
+            "bits",
         )
         require(
-            self.scale >= lowest_scale(self.degree, self.clients, self.bits),
+            self.bits == 0 or self.scale >= lowest_scale(self.degree, self.clients, self.bits),
             f"scale=2^{log2(self.scale):.2f} drowns bits={self.bits} in the noise of {self.clients} clients; raise it",
         )
 
     @classmethod
     def smallest(cls, clients: int, bits: int) -> CKKSParameters:
-        """The parameters that cost the fewest bytes.
+        """The parameters that cost the fewest bytes for sums that are exact in steps of 2^-bits.
 
         Raises:
           InvalidArgument: no ring of the table holds such a sum.
         """
+        at_least("bits", bits, 1)
         _check(clients, bits)
         for degree, limit in LARGEST_MODULUS.items():
             scale = lowest_scale(degree, clients, bits)
@@ -95,23 +134,123 @@ class CKKSParameters:
                 return cls(degree, primes, scale, clients, bits)
         raise InvalidArgument(f"clients={clients}, bits={bits}: no ring up to {degree} holds this sum; lower bits")
 
+    @classmethod
+    def cheapest(cls, clients: int, error: float, *, depth: int = 0, release: Release = "clients") -> CKKSParameters:
+        """The parameters that cost the fewest bytes for sums within an error.
+
+        | depth | release | error | degree, data primes + special prime           | bytes a number |
+        |-------|---------|-------|-----------------------------------------------|----------------|
+        | 0     | clients | 1e-4  | 2048, [32] + 20, for up to 450 clients        | 8.3            |
+        | 0     | public  | 1e-4  | 4096, [32, 40] + 20; 2048 has no room         | 21             |
+        | 1     | clients | 1e-4  | 8192, [60, 40, 40] + 60, scale 2^40           | 81             |
+
+        Args:
+          clients: most clients in a sum.
+          error: largest absolute error of a coordinate of the sum, relative to `clients * bound`: of the mean over a
+            full cohort, relative to `bound`. Met by all of `LARGEST_WIDTH` numbers but with probability 2^-20.
+          depth: see the class. 1: the first prime leaves a product 19 bits above one squared bound (9 with "public").
+          release: "public" leaves room for flooding, see `flooding_deviation`.
+
+        Raises:
+          InvalidArgument: no ring of the table keeps the error.
+        """
+        _check(clients, 0)
+        positive("error", error)
+        one_of("release", release, ("public", "clients"))
+        require(depth in {0, 1}, f"depth={depth!r}: expected 0 (sums) or 1 (one product of ciphertexts)")
+        for found in _products(clients) if depth else _sums(clients):
+            if found.largest_error(release) <= error:
+                return found
+        best = found.largest_error(release)
+        raise InvalidArgument(
+            f"error={error:g}, clients={clients}, depth={depth}, release={release!r}: no ring up to "
+            f"{max(LARGEST_MODULUS)} comes below {best:.1g}; allow a larger error, or take an exact grid"
+        )
+
     @property
     def chain(self) -> tuple[int, ...]:
         """Bits of all primes, the special one last."""
-        return (*self.data_primes, SPECIAL_PRIME)
+        return (*self.data_primes, self.special_prime)
 
     @property
     def slots(self) -> int:
-        """Numbers in one ciphertext."""
+        """Complex slots of one ciphertext."""
         return self.degree // 2
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in one ciphertext: two a slot in sums, one where ciphertexts are multiplied."""
+        return self.slots if self.depth else 2 * self.slots
+
+    @property
+    def bytes_a_number(self) -> int:
+        """Of a ciphertext: two polynomials, whole bytes for each coefficient and prime.
+
+        Compression saves nothing but the empty bytes; a header and its bookkeeping add up to 5 %.
+        """
+        return 2 * self.degree * sum(ceil(bits / 8) for bits in self.data_primes) // self.numbers
+
+    def sum_deviation(self, ciphertexts: int | None = None) -> float:
+        """Standard deviation of one number in a decrypted sum, in units of the bound; None: of a full sum."""
+        added = self.clients + _OWN if ciphertexts is None else ciphertexts + _OWN
+        return noise_deviation(self.degree, added) / self.scale + _ROUNDING * self.clients
+
+    def flooding_deviation(self, released: int, ciphertexts: int | None = None) -> float:
+        """Deviation of the noise that a released sum needs, in units of the bound.
+
+        Who holds a ciphertext and its decryption in full precision computes the secret key from it (Li, Micciancio,
+        "On the security of homomorphic encryption on approximate numbers", 2021). Gaussian noise on what is released
+        hides the error that betrays the key: sigma = 2^(s/2) sqrt(12 Q) t, with s = `STATISTICAL_BITS`.
+
+        What is computed here: two releases that differ by an error of L2 norm t have a Kullback-Leibler divergence of
+        t^2 / (2 sigma^2), hence 2^-s / 24 for the Q of them together. So t is the *norm* over the numbers of one
+        ciphertext, sqrt(numbers) times the deviation of one of them. What is taken over: that 2^-s / 24 gives (c, s)
+        security, c computational and s statistical bits (Li, Micciancio, Schultz, Sorrell, "Securing approximate
+        homomorphic encryption using differential privacy", 2022, from memory; OpenFHE floods by the same
+        formula, with the deviation of one coefficient in place of the norm). What is assumed: that t is at most twice
+        its expectation, from which it strays by a few per cent (measured), and that clients encrypt honestly.
+
+        It is no privacy noise: it never counts towards epsilon.
+
+        Args:
+          released: Q, ciphertexts that are decrypted under the key.
+          ciphertexts: how many were added up in each; None: a full sum.
+        """
+        at_least("released", released, 1)
+        norm = _LONGEST_NOISE * sqrt(self.numbers) * self.sum_deviation(ciphertexts)
+        return 2.0 ** (STATISTICAL_BITS // 2) * sqrt(12 * released) * norm
+
+    def encoding_error(self, width: int) -> float:
+        """Largest L2 distance between a row of width `width` and what is encrypted of it, in units of the bound.
+
+        Rounding moves each coefficient by half a unit at most; n coefficients of L2 norm x give n/2 numbers of norm
+        x sqrt(n / 2) at most. Double precision adds its own, for this row's part in a full sum too.
+        """
+        coefficients = self.degree / 2 / sqrt(2) / self.scale
+        return sqrt(ceil(width / self.numbers)) * coefficients + 4 * sqrt(width) * self.clients * _ROUNDING
+
+    def largest_error(self, release: Release = "clients", width: int = LARGEST_WIDTH) -> float:
+        """Of a coordinate of a full sum, relative to `clients * bound`; exceeded with probability 2^-20.
+
+        Noise of encryption has Laplace tails, P(|x| > k deviations) = e^(-k sqrt 2); flooding is Gaussian.
+        """
+        exponent = log(width / _FAILURE)
+        largest = exponent / sqrt(2) * self.sum_deviation()
+        if release == "public":
+            released = ceil(width / self.numbers) + 1
+            largest += sqrt(2 * (exponent + log(2))) * self.flooding_deviation(released)
+        return largest / self.clients
 
 
 def noise_deviation(degree: int, ciphertexts: int) -> float:
     """Standard deviation of one number in a sum of fresh ciphertexts, at scale 1.
 
     Rounding adds an error of variance 1/12 to each coefficient of c0, of c1 (multiplied by the secret, whose n
-    coefficients have variance 2/3) and of the plaintext; a number is a sum of n coefficients times the cosines of n
-    angles, whose squares add up to n/2.
+    coefficients have variance 2/3) and of the plaintext; a number is a sum of n coefficients times the cosines, or
+    sines, of n angles, whose squares add up to n/2.
+
+    Over many keys a number is Laplace distributed: it is nearly Gaussian with the variance |s(z)|^2, for the root z
+    of its slot, and |s(z)|^2 is nearly exponential.
 
     Source: derived from `Encryptor::encrypt_zero_internal` of SEAL 4; measured within 2 % for each degree.
     """
@@ -124,14 +263,38 @@ def lowest_scale(degree: int, clients: int, bits: int) -> float:
     return 2.0**bits * 2 * MARGIN * noise_deviation(degree, clients + _OWN)
 
 
+def highest_scale(degree: int, data_primes: tuple[int, ...], clients: int) -> float:
+    """The scale at which every sum, and its noise, still stays below half the product of the primes."""
+    half = prod(2.0**bits * (1 - _PRIME_GAP) for bits in data_primes) / 2
+    return (half - MARGIN * noise_deviation(degree, clients + _OWN)) / (_LARGEST_SLOT * clients)
+
+
 def data_bits(scale: float, clients: int) -> int:
-    """Bits of the data primes for which `clients * scale` stays below half their product."""
-    return ceil(log2(2 * clients * scale / (1 - _PRIME_GAP)))
+    """Bits of the data primes for which every sum of two numbers a slot stays below half their product."""
+    return ceil(log2(2 * _LARGEST_SLOT * clients * scale / (1 - 2 * _PRIME_GAP)))
+
+
+def _sums(clients: int) -> Iterator[CKKSParameters]:
+    """Rings for sums, by bytes, the more precise first; each at the highest scale that it has head-room for."""
+    found = [
+        CKKSParameters(degree, primes, highest_scale(degree, primes, clients), clients)
+        for degree, limit in LARGEST_MODULUS.items()
+        for count in (1, 2)
+        for primes in combinations_with_replacement(_WHOLE_BYTES, count)
+        if sum(primes) + SPECIAL_PRIME <= limit
+    ]
+    return iter(sorted(found, key=lambda ring: (ring.bytes_a_number, ring.largest_error())))
+
+
+def _products(clients: int) -> Iterator[CKKSParameters]:
+    """Rings in which ciphertexts can be multiplied once."""
+    for primes, special, exponent in _PRODUCT_CHAINS:
+        yield CKKSParameters(8192, primes, 2.0**exponent, clients, special_prime=special, depth=1)
 
 
 def _check(clients: int, bits: int) -> None:
     at_least("clients", clients, 1)
-    at_least("bits", bits, 1)
+    at_least("bits", bits, 0)
     require(
         bits + log2(clients) <= LARGEST_SUM,
         f"bits={bits}, clients={clients}: expected bits + log2(clients) <= {LARGEST_SUM}, "

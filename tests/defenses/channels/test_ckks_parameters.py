@@ -5,14 +5,17 @@ import math
 import numpy as np
 import pytest
 import tenseal as ts
-import tenseal.sealapi  # registers the types of the ring's parameters
+import tenseal.sealapi as seal
 
 from privfm.checks import InvalidArgument
+from privfm.defenses.channels.ckks_ciphertexts import Ring, RunningSum, new_keys
 from privfm.defenses.channels.ckks_parameters import (
     LARGEST_MODULUS,
+    LARGEST_WIDTH,
     MARGIN,
     CKKSParameters,
     data_bits,
+    highest_scale,
     lowest_scale,
     noise_deviation,
 )
@@ -27,6 +30,15 @@ def context_of(parameters):
     return context
 
 
+def secret_ring(parameters):
+    return Ring(new_keys(parameters)[1], parameters, secret=True)
+
+
+def errors_of(ring, values, count):
+    """What `count` encryptions of the same values lose, in units of the bound."""
+    return np.concatenate([ring.decrypted(ring.encrypted(values)) - values for _ in range(count)])
+
+
 def test_the_table_of_the_standard():
     # Homomorphic Encryption Security Standard 2018, table 1: 128 bits, classical, ternary secret
     assert LARGEST_MODULUS == {2048: 54, 4096: 109, 8192: 218}
@@ -38,7 +50,7 @@ def test_the_real_primes_leave_the_head_room_that_was_proved(clients, bits):
     ring = context_of(parameters).seal_context().data.first_context_data().parms()
     modulus = math.prod(prime.value() for prime in ring.coeff_modulus())
     noise = MARGIN * noise_deviation(parameters.degree, clients + 2)
-    assert clients * parameters.scale + noise < modulus / 2
+    assert math.sqrt(2) * clients * parameters.scale + noise < modulus / 2
     assert sum(parameters.chain) <= LARGEST_MODULUS[parameters.degree]
     assert 2**bits * noise <= parameters.scale / 2
 
@@ -53,20 +65,20 @@ def test_no_bit_is_wasted(clients, bits):
 def test_the_usual_size_fits_one_prime_of_4096():
     assert CKKSParameters.smallest(100, 31).chain == (59, 20)
     assert CKKSParameters.smallest(100, 31).degree == 4096
-    assert CKKSParameters.smallest(200, 31).chain == (60, 20)
+    assert CKKSParameters.smallest(100, 31).bytes_a_number == 16
     assert len(CKKSParameters.smallest(300, 31).data_primes) == 2
 
 
 @pytest.mark.parametrize("degree", LARGEST_MODULUS)
 def test_the_predicted_noise_is_the_measured_noise(degree):
-    scale = 2.0**22
-    context = ts.context(ts.SCHEME_TYPE.CKKS, degree, coeff_mod_bit_sizes=[32, 20], n_threads=1)
-    context.global_scale = scale
-    values = np.random.default_rng(0).uniform(-1, 1, degree // 2)
-    errors = np.concatenate([np.asarray(ts.ckks_vector(context, values).decrypt()) - values for _ in range(16)])
-    ratio = errors.std() * scale / noise_deviation(degree, 1)
+    ring = secret_ring(CKKSParameters(degree, (32,), 2.0**22, clients=4))
+    values = np.random.default_rng(0).uniform(-1, 1, degree)
+    errors = errors_of(ring, values, 16) * ring.parameters.scale
+    ratio = errors.std() / noise_deviation(degree, 1)
     assert 0.85 < ratio < 1.15  # the key's own spread; half or double the noise is far outside
-    assert np.abs(errors).max() * scale < MARGIN / 4 * noise_deviation(degree, 1)
+    assert np.abs(errors).max() < MARGIN / 4 * noise_deviation(degree, 1)
+    for part in (errors[0::2], errors[1::2]):  # real and imaginary
+        assert 0.8 < part.std() / errors.std() < 1.2
 
 
 def test_noise_of_a_sum_grows_with_the_root():
@@ -87,7 +99,11 @@ def test_noise_of_a_sum_grows_with_the_root():
         pytest.param({"data_primes": (29, 30)}, "30 to 60 bits", id="too small a prime"),
         pytest.param({"data_primes": (61,)}, "30 to 60 bits", id="too large a prime"),
         pytest.param({"clients": 0}, "clients=0", id="nobody"),
-        pytest.param({"bits": 0}, "bits=0", id="no resolution"),
+        pytest.param({"bits": -1}, "bits=-1", id="negative resolution"),
+        pytest.param({"special_prime": 19}, "special_prime=19", id="keys without a margin"),
+        pytest.param({"scale": float("nan")}, "scale=nan", id="no scale"),
+        pytest.param({"depth": 1}, "depth=1", id="no prime to spend"),
+        pytest.param({"depth": 2}, "depth=2", id="too deep"),
     ],
 )
 def test_a_wrong_ring_is_refused(fields, message):
@@ -101,3 +117,161 @@ def test_a_wrong_ring_is_refused(fields, message):
 def test_a_sum_beyond_double_precision_is_refused(clients, bits):
     with pytest.raises(InvalidArgument, match="double precision"):
         CKKSParameters.smallest(clients, bits)
+
+
+def test_a_grid_needs_bits():
+    with pytest.raises(InvalidArgument, match="bits=0"):
+        CKKSParameters.smallest(10, 0)
+
+
+# Head-room, attained
+
+
+def worst_values(degree):
+    """The row whose first coefficient is largest: parts of a slot have the signs of its root's cosine and sine.
+
+    The root of slot i is exp(pi 3^i sqrt(-1) / n) (SEAL's order of slots), and a coefficient is a mean of slots turned
+    by their roots.
+    """
+    angles = np.pi / degree * np.array([pow(3, slot, 2 * degree) for slot in range(degree // 2)])
+    return (np.sign(np.cos(angles)) + 1j * np.sign(np.sin(angles))).view(np.float64)
+
+
+@pytest.mark.parametrize(("added", "holds"), [(20, True), (23, False)])
+def test_the_head_room_is_enough_for_the_worst_row_and_not_for_much_more(added, holds):
+    """4 / pi is attained, sqrt(2) proved: 11 % more clients than promised wrap."""
+    parameters = CKKSParameters.cheapest(20, 1e-4)
+    assert parameters.scale == highest_scale(2048, (32,), 20)
+    ring, values = secret_ring(parameters), worst_values(2048)
+    total = RunningSum(ring, 2048)
+    own = total._parts[0]
+    for _ in range(added):
+        ring.add(own, ring.encrypted(values))
+    assert (np.abs(ring.decrypted(own) - added * values).max() < 0.01) == holds
+
+
+# Sums within an error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "degree", "chain"),
+    [
+        ({"clients": 10, "error": 1e-4}, 2048, (32, 20)),
+        ({"clients": 450, "error": 1e-4}, 2048, (32, 20)),
+        ({"clients": 1000, "error": 1e-4}, 4096, (40, 20)),
+        ({"clients": 10, "error": 1e-6}, 4096, (40, 20)),
+        ({"clients": 10, "error": 2e-2, "release": "public"}, 4096, (56, 20)),
+        ({"clients": 100, "error": 1e-4, "release": "public"}, 4096, (32, 40, 20)),
+        ({"clients": 100, "error": 1e-4, "depth": 1}, 8192, (60, 40, 40, 60)),
+    ],
+    ids=str,
+)
+def test_the_cheapest_ring(arguments, degree, chain):
+    found = CKKSParameters.cheapest(**arguments)
+    assert (found.degree, found.chain) == (degree, chain)
+    assert found.largest_error(arguments.get("release", "clients")) <= arguments["error"]
+    assert sum(chain) <= LARGEST_MODULUS[degree]
+    modulus = math.prod(
+        prime.value() for prime in context_of(found).seal_context().data.first_context_data().parms().coeff_modulus()
+    )
+    noise = MARGIN * noise_deviation(degree, found.clients + 2)
+    assert math.sqrt(2) * found.clients * found.scale + noise < modulus / 2
+
+
+def test_products_have_the_scale_of_their_primes():
+    found = CKKSParameters.cheapest(10, 1e-4, depth=1)
+    assert (found.scale, found.numbers, found.bytes_a_number, sum(found.chain)) == (2.0**40, 4096, 72, 200)
+    assert CKKSParameters.cheapest(10, 0.1, depth=1, release="public").chain == (60, 50, 50, 58)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"error": 1e-6, "release": "public"}, "no ring up to 8192 comes below"),  # double precision is the floor
+        ({"error": 1e-4, "release": "public", "depth": 1}, "comes below 0.05"),
+        ({"error": 1e-20}, "or take an exact grid"),
+        ({"error": 0.0}, "error=0.0"),
+        ({"error": 1.0, "release": "server"}, "release='server'"),
+        ({"error": 1.0, "depth": 2}, "depth=2"),
+    ],
+    ids=str,
+)
+def test_what_no_ring_can_do_is_refused(arguments, message):
+    with pytest.raises(InvalidArgument, match=message):
+        CKKSParameters.cheapest(10, **arguments)
+
+
+@pytest.mark.parametrize("clients", [2, 10, 200])
+def test_no_ring_of_2048_is_taken_for_a_flooded_release(clients):
+    """Its 54 bits leave a scale at which flooding is larger than the bound itself."""
+    small = CKKSParameters(2048, (32,), highest_scale(2048, (32,), clients), clients)
+    assert small.largest_error("public") > 100
+    assert CKKSParameters.cheapest(clients, 10.0, release="public").degree > 2048
+
+
+def test_the_error_of_a_full_sum_is_as_stated():
+    """Deviation within the key's spread; the largest of 41,000 below the bound and within 5 times of it."""
+    parameters = CKKSParameters.cheapest(10, 1e-4)
+    values, found = np.random.default_rng(0).uniform(-1, 1, 2048), []
+    for _ in range(20):  # a new key each
+        ring = secret_ring(parameters)
+        own = ring.encrypted(np.zeros(1))
+        for _ in range(11):  # ten clients, the server's and the key holder's own zeros
+            ring.add(own, ring.encrypted(values))
+        found.append(ring.decrypted(own) - 11 * values)
+    errors = np.concatenate(found)
+    assert 0.9 < errors.std() / parameters.sum_deviation() < 1.1
+    bound = 10 * parameters.largest_error("clients", errors.size)
+    assert bound / 5 < np.abs(errors).max() < bound
+    assert parameters.sum_deviation() / 10 < 1.5e-6  # of the mean, in units of the bound
+
+
+def test_double_precision_loses_no_more_than_is_allowed_for():
+    """Where the noise is negligible, what is left is the rounding of encoding and decoding."""
+    parameters = CKKSParameters(4096, (40, 40), 2.0**76, 2)
+    assert noise_deviation(4096, 4) / parameters.scale < 2.0**-64
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], 4096)
+    deviation = errors_of(secret_ring(parameters), signs, 4).std()
+    assert 2.0**-54 < deviation < 2.0**-51
+
+
+def test_the_error_of_encoding_is_bounded_and_not_by_far():
+    parameters = CKKSParameters.cheapest(10, 1e-4)
+    ring, values, plaintext = secret_ring(parameters), np.random.default_rng(0).uniform(-1, 1, 2048), seal.Plaintext()
+    ring._encoder.encode(values.view(np.complex128).tolist(), parameters.scale, plaintext)
+    lost = np.linalg.norm(np.array(ring._encoder.decode_complex(plaintext)).view(np.float64) - values)
+    assert parameters.encoding_error(2048) / 3 < lost < parameters.encoding_error(2048)
+    assert parameters.encoding_error(4 * 2048) == pytest.approx(2 * parameters.encoding_error(2048))
+
+
+# Flooding
+
+
+def test_flooding_makes_all_releases_together_as_close_as_promised():
+    """Kullback-Leibler divergence of Gaussians whose means differ by the noise's norm: |e|^2 / (2 sigma^2) each."""
+    parameters = CKKSParameters.cheapest(10, 1e-4, release="public")
+    norm = 2 * math.sqrt(4096) * parameters.sum_deviation()
+    for released in (1, 245):
+        sigma = parameters.flooding_deviation(released)
+        assert released * norm**2 / (2 * sigma**2) == pytest.approx(2.0**-40 / 24)
+    with pytest.raises(InvalidArgument, match="released=0"):
+        parameters.flooding_deviation(0)
+
+
+@pytest.mark.parametrize("degree", [2048, 4096])
+def test_the_norm_of_a_ciphertexts_noise_stays_below_what_is_flooded(degree):
+    parameters, ratios = CKKSParameters(degree, (32,), 2.0**22, clients=4), []
+    for _ in range(10):
+        ring = secret_ring(parameters)
+        norms = np.array([np.linalg.norm(errors_of(ring, np.zeros(degree), 1)) for _ in range(4)])
+        ratios.extend(norms / (noise_deviation(degree, 1) / parameters.scale * math.sqrt(degree)))
+    assert 0.9 < np.mean(ratios) < 1.1
+    assert np.max(ratios) < 1.3  # 2 is allowed for
+
+
+def test_flooding_grows_with_the_root_of_what_is_released():
+    parameters = CKKSParameters.cheapest(10, 1e-4, release="public")
+    assert parameters.flooding_deviation(400) == pytest.approx(20 * parameters.flooding_deviation(1))
+    assert parameters.largest_error("public", LARGEST_WIDTH) > 1.9 * parameters.largest_error(
+        "public", LARGEST_WIDTH // 4
+    )
