@@ -64,6 +64,7 @@ class RunConfig:
       evaluate_every: rounds between evaluations on the validation split.
       checkpoint_every: rounds between checkpoints; an interrupted run plays those since the last one again.
       clients_per_batch: honest clients trained together.
+      encryption_processes: how many encrypt side by side; 1 encrypts in the run's own process.
       engine: `batched` trains all clients of a batch in one pass, where model and training allow it; `sequential` one
         after the other. Results differ in the last digits; the record says which was used, and why.
       strict: end the run when a client's training raises, instead of recording a drop-out.
@@ -98,6 +99,7 @@ class RunConfig:
     evaluate_every: int = 1
     checkpoint_every: int = 1
     clients_per_batch: int = 32
+    encryption_processes: int = 1
     engine: Literal["batched", "sequential"] = "batched"
     strict: bool = False
     device: str = "cpu"
@@ -108,6 +110,7 @@ class RunConfig:
         at_least("evaluate_every", self.evaluate_every, 1)
         at_least("checkpoint_every", self.checkpoint_every, 1)
         at_least("clients_per_batch", self.clients_per_batch, 1)
+        at_least("encryption_processes", self.encryption_processes, 1)
         one_of("engine", self.engine, ("sequential", "batched"))
         one_of("backbone", self.backbone, ("float32", "bfloat16"))
         require(0 <= self.malicious_share < 1, f"malicious_share={self.malicious_share!r}: expected a number in [0, 1)")

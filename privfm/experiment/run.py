@@ -130,7 +130,8 @@ def prepare(config: RunConfig, seed: int, folder: Path | None = None) -> Federat
         arm = replace(arm, attack=arm.attack.fitted(public))
     own = dealt.splits["server"]
     root = bench.everything.take(own) if len(own) else None
-    return Federation(arm, learner, clients, Seeds(seed), Local(config.clients_per_batch), config.strict, root)
+    engine = Local(config.clients_per_batch, config.encryption_processes)
+    return Federation(arm, learner, clients, Seeds(seed), engine, config.strict, root)
 
 
 def recorded(spec: ArmSpec, seed: int) -> dict[str, Any]:
@@ -212,6 +213,8 @@ def _summary(
         "adapters": None if config.adapters is None else config.adapters.mode,
         "channel": repr(config.channel),
         "channel_name": type(config.channel).__name__,
+        "learns": dict(federation.arm.wire.learns),
+        "unprotected": federation.arm.wire.unprotected(learner.d),
         "attack": None if config.attack is None else repr(config.attack),
         "attack_name": None if config.attack is None else type(config.attack).__name__,
         "attack_knowledge": [] if config.attack is None else list(config.attack.knowledge),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import process_time
 from types import TracebackType
 from typing import Self, TypeVar, final
 
+import torch
 from torch import Tensor
 
 from privfm.checks import require
@@ -164,10 +165,11 @@ class Rehearsal:
 
     Attributes:
       channel: what is rehearsed.
-      rows: `(n, d)`, one client each; clients are numbered by their place.
+      rows: `(m, d)`; client i has row i modulo m.
       codecs: the wire format. Encoding is counted as the client's work, decoding as the server's.
       needs: of the rule.
       gone: clients that are lost, by the stage at which they are.
+      clients: how many take part, numbered from 0; None: one for each row.
       seed: of the codec's rounding.
     """
 
@@ -176,7 +178,21 @@ class Rehearsal:
     codecs: Transform = field(default_factory=lambda: Chain(()))
     needs: Reveals = Reveals.SUM
     gone: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    clients: int | None = None
     seed: int = 0
+
+    @property
+    def cohort(self) -> range:
+        """Who takes part."""
+        return range(len(self.rows) if self.clients is None else self.clients)
+
+    def exact_mean(self, ids: Collection[int]) -> Tensor:
+        """Of the rows of these clients, `(d,)` float64: what the round should give, before any codec."""
+        counts = torch.bincount(torch.tensor(list(ids), dtype=torch.int64) % len(self.rows), minlength=len(self.rows))
+        total = torch.zeros(self.rows.shape[1], dtype=torch.float64)
+        for row, count in zip(self.rows, counts.tolist(), strict=True):
+            total += count * row.double()
+        return total / len(ids)
 
     def play(
         self,
@@ -198,12 +214,12 @@ class Rehearsal:
           InvalidArgument: the codec keeps a state from round to round; there is one round here.
           RoundFailed: the round could not finish.
         """
-        n, d = self.rows.shape
+        d = self.rows.shape[1]
         require(not self.codecs.init(d), f"codecs={self.codecs!r}: keeps a state, and a rehearsal has one round")
-        exchange = engine.open(self.channel, self._sealed, Cast(0, range(n), gone=self.gone))
+        exchange = engine.open(self.channel, self._sealed, Cast(0, self.cohort, gone=self.gone))
         intake = Intake(self.codecs, d, self.needs)
         with Phases(exchange, clock) as phases:
-            result = finish(self.channel.collect(range(n), intake, phases))
+            result = finish(self.channel.collect(self.cohort, intake, phases))
         return result, phases
 
     def _sealed(self, clients: Sequence[int]) -> Mapping[int, Encoded]:
@@ -211,4 +227,4 @@ class Rehearsal:
 
     def _encoded(self, client: int) -> Encoded:
         generator = Seeds(self.seed).generator("codecs", 0, client)
-        return self.codecs.encode(self.rows[client : client + 1], {}, [generator])[0]
+        return self.codecs.encode(self.rows[client % len(self.rows)][None], {}, [generator])[0]

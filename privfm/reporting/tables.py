@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from privfm.reporting.channels import who_learns_what
 from privfm.reporting.formats import (
     MISSING,
     bytes_text,
@@ -52,7 +53,13 @@ def experiment_tables(folder: Path) -> tuple[ReportTable, ...]:
 
 def tables_of(experiment: Experiment) -> tuple[ReportTable, ...]:
     """The tables of an experiment that was read already."""
-    found = (table_of_arms(experiment), table_by_epsilon(experiment), worst_cases(experiment), backdoors(experiment))
+    found = (
+        table_of_arms(experiment),
+        table_by_epsilon(experiment),
+        worst_cases(experiment),
+        backdoors(experiment),
+        who_learns_what(experiment),
+    )
     return tuple(table for table in found if table is not None)
 
 

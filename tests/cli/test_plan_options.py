@@ -47,14 +47,14 @@ KINDS = {
 }
 
 SERVER = {
-    "example": "every client's update, and who took part; clients have added noise in every local step",
-    "adaptive": "every client's update, and who took part, before any noise",
-    "correlated": "every client's update, and who took part, before any noise",
-    "fixed size": "every client's update, and who took part, before any noise",
-    "local": "every client's update, and who took part; every client has added noise of its own",
-    "key holder": "the sum of the updates, and who took part; the key holder has added noise",
-    "distributed": "the sum of the updates, and who took part; all clients together have added noise",
-    "own noise": "every client's update, and who took part; clients have added noise in every local step",
+    "example": "every update, and who took part; clients have added noise in every local step",
+    "adaptive": "every update, and who took part, before any noise",
+    "correlated": "every update, and who took part, before any noise",
+    "fixed size": "every update, and who took part, before any noise",
+    "local": "every update, and who took part; every client has added noise of its own",
+    "key holder": "ciphertexts, who took part, and the sum; the key holder has added noise",
+    "distributed": "ciphertexts, who took part, and the sum; all clients together have added noise",
+    "own noise": "every update, and who took part; clients have added noise in every local step",
 }
 
 

@@ -160,6 +160,16 @@ def test_drop_outs_are_rehearsed(rows: Tensor) -> None:
     assert phases.all[-1].answered == 2
 
 
+def test_rows_begin_again_where_there_are_more_clients(rows: Tensor) -> None:
+    rehearsal = Rehearsal(Plaintext(), rows, clients=6, gone={"update": frozenset({3})})
+    (total, ids), _ = rehearsal.play(Local(1), lambda view: (view.total(), view.ids))
+    assert ids == (0, 1, 2, 4, 5)
+    expected = (2 * rows[0] + 2 * rows[1] + rows[2]).double()
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(rehearsal.exact_mean(ids), expected / 5)
+    assert list(Rehearsal(Plaintext(), rows, clients=2).cohort) == [0, 1]
+
+
 def test_a_codec_with_a_memory_is_refused(rows: Tensor) -> None:
     with pytest.raises(InvalidArgument, match="keeps a state"):
         Rehearsal(Plaintext(), rows, ClientMomentum(0.9)).play(Local(1), lambda view: view.total())
