@@ -39,7 +39,7 @@ class Plaintext(Channel):
     | reply                                             | result                           |
     |---------------------------------------------------|----------------------------------|
     | none                                              | a drop-out                       |
-    | changed, replayed, not from this client           | left out and counted in `bad`    |
+    | changed, replayed, second, not from this client   | left out and counted in `bad`    |
     | unparsable, wrong keys, width or type, not finite | left out and counted in `bad`    |
     | longer than the plan's clip                       | clipped again (`intake.row`)     |
 
@@ -66,7 +66,7 @@ class Plaintext(Channel):
         return memory, Link(party, SERVER).seal(head, [packed(encoded)])
 
     def collect(self, cohort: Sequence[int], intake: Intake, exchange: Exchange) -> View:
-        replies = _opened(exchange("update", dict.fromkeys(cohort, b"")), intake, exchange.server)
+        replies = _opened(exchange("update", dict.fromkeys(cohort, b"")), cohort, intake, exchange.server)
         return _sum(replies, intake.d) if intake.needs == Reveals.SUM else _matrix(replies, cohort, intake.d)
 
 

@@ -57,6 +57,8 @@ class Wire:
     sent: list[tuple[str, int, bytes]] = field(default_factory=list)
     received: list[tuple[str, int, bytes]] = field(default_factory=list)
     round: int = 0
+    twice: Mapping[str, set[int]] = field(default_factory=dict)
+    strangers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def server(self) -> Party:
@@ -77,6 +79,10 @@ class Wire:
             self.memories[party] = memory
             self.received.append((stage, party, self.change(party, reply)))
             yield party, self.received[-1][2]
+            if party in self.twice.get(stage, set()):
+                yield party, self.received[-1][2]
+            if stage in self.strangers:
+                yield self.strangers[stage], self.received[-1][2]
 
     def replies(self, stage: str) -> dict[int, bytes]:
         """What came at a stage, by party."""

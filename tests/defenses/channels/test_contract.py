@@ -181,6 +181,27 @@ def test_a_message_of_another_round_is_left_out_and_counted(channel, sent, gauss
 
 
 @each_channel
+def test_a_second_message_of_a_client_is_not_added_again(channel, sent, gaussian):
+    """Whoever carries messages may deliver one twice: the row counts at most once, and the attempt is counted."""
+    rows = gaussian(5, 5)
+    for stage in channel.client_stages:
+        view = sent(channel, rows, 5, twice={stage: {6}})
+        assert len(view.ids) == len(set(view.ids))
+        assert close(channel, view.total(), [rows[party] for party in view.ids])
+        assert set(view.ids) >= {3, 9, 12, 15}
+        assert view.bad >= 1 or stage != channel.client_stages[0]
+
+
+@each_channel
+def test_a_message_of_somebody_who_was_not_asked_is_not_added(channel, sent, gaussian):
+    rows = gaussian(5, 5)
+    for stage in channel.client_stages:
+        view = sent(channel, rows, 5, strangers={stage: 999})
+        assert view.ids == tuple(sorted(rows))
+        assert close(channel, view.total(), rows.values())
+
+
+@each_channel
 def test_who_learns_what_is_said(channel):
     roles = {"server", "clients", "trust"} | ({"key holder"} if channel.key_holder_stages else set())
     assert channel.learns.keys() == roles
