@@ -104,9 +104,16 @@ def unpacked(message: bytes, width: int) -> Encoded:
     return Encoded(rows, {name.removeprefix(_SIDE): value for name, value in tensors.items()})
 
 
-def _opened(replies: Iterator[tuple[int, bytes]], intake: Intake, server: Party) -> Iterator[tuple[int, Tensor | None]]:
+def _opened(
+    replies: Iterator[tuple[int, bytes]], cohort: Sequence[int], intake: Intake, server: Party
+) -> Iterator[tuple[int, Tensor | None]]:
     """Each reply as a finite float32 row `(d,)`, or None."""
+    awaited = set(cohort)
     for party, reply in replies:
+        if party not in awaited:  # a second message, or of somebody who was not asked
+            yield party, None
+            continue
+        awaited.discard(party)
         try:
             head = replace(_HEAD, length=intake.width, weight=intake.weights.get(party, 1.0))
             (content,) = Link(server, party).expect(reply, head)
