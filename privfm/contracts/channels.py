@@ -126,6 +126,11 @@ class Channel(ABC):
         return None
 
     @property
+    def most_summed(self) -> int | None:
+        """Most rows in any one sum; None: no such bound."""
+        return self.most_clients
+
+    @property
     def largest_coordinate(self) -> float | None:
         """Absolute value beyond which a client refuses to send a coordinate; None: no such bound."""
         return None

@@ -102,7 +102,7 @@ class WatchedView(View):
 
     def __init__(self, below: View, learns_sum: bool = True) -> None:
         self.below, self.reveals, self.ids, self.d, self.bad = below, below.reveals, below.ids, below.d, below.bad
-        self.client_weights, self.clear, self.folded = below.client_weights, below.clear, below.folded
+        self.client_weights, self.folded = below.client_weights, below.folded
         self.vectors: list[Tensor] = []
         self._learns_sum = learns_sum
         self._grams: list[Tensor] = []
@@ -131,6 +131,6 @@ class WatchedView(View):
     @property
     def seen(self) -> WireView:
         """The server's view of the wire: everything it received through this view."""
-        rows = self.below.rows if isinstance(self.below, MatrixView) else self.clear
+        rows = self.below.rows if isinstance(self.below, MatrixView) else self.below.clear
         vectors = tuple(self.vectors) if self._learns_sum else ()
         return WireView(self.reveals, self.ids, vectors, tuple(self._grams), rows, tuple(self._weights))

@@ -8,6 +8,7 @@ from math import inf, isinf, sqrt
 from typing import final
 
 from privfm.contracts import ROOT, Channel, Reveals, Rule
+from privfm.defenses.channels import Selective
 from privfm.defenses.mean import Mean
 from privfm.defenses.privacy import DPPlan
 from privfm.defenses.privacy.clipping import AdaptiveQuantile
@@ -49,6 +50,7 @@ def problems(  # noqa: PLR0917  # all of them are facts of a run, and named wher
       private_gradients: why local training cannot bound gradients of single examples; empty: it can.
     """
     judges = (
+        _columns(arm, d),
         _channel(arm, d, population),
         _codecs(arm),
         _rule(arm, population),
@@ -87,6 +89,12 @@ def _channel(arm: Arm, d: int, population: int) -> Iterator[Finding]:
         f"the server is to add the noise, and over {way} it never sees the sum",
         "place='key_holder' or place='distributed'",
     )
+    clear, place = channel.unprotected(d), "" if arm.plan is None else arm.plan.place
+    yield (
+        0 < clear < 1 and place in ("key_holder", "distributed"),
+        f"{way} shows the server {clear:.1%} of each update, and noise of place {place!r} covers the sum alone",
+        "the channel inside it for whole updates, or place='local'",
+    )
     largest = arm.sampling.largest(population)
     yield (
         channel.most_clients is not None and largest > channel.most_clients,
@@ -108,6 +116,18 @@ def _channel(arm: Arm, d: int, population: int) -> Iterator[Finding]:
         )
 
 
+def _columns(arm: Arm, d: int) -> Iterator[Finding]:
+    """What is protected by column, against the columns there are."""
+    if isinstance(arm.channel, Selective):
+        last = arm.channel.protected[-1][1]
+        yield last > d, f"protected reaches to column {last}, an update has {d}", f"ranges up to {d}"
+        yield (
+            any(codec.width(d) != d for codec in arm.codecs.parts),
+            f"{_names(arm.codecs.parts)} changes the number of columns, and columns are protected",
+            "FixedPoint or no codec, or the channel inside for whole updates",
+        )
+
+
 def _codecs(arm: Arm) -> Iterator[Finding]:
     """What the codecs keep, against what the channel does with encoded rows."""
     channel, codecs, way = arm.channel, arm.codecs, type(arm.channel).__name__
@@ -126,7 +146,7 @@ def _codecs(arm: Arm) -> Iterator[Finding]:
         f"{way} carries whole numbers, the last transform gives real ones",
         "a quantizing codec as the last transform",
     )
-    whole, modulus, most = codecs.largest_whole, channel.modulus, channel.most_clients
+    whole, modulus, most = codecs.largest_whole, channel.modulus, channel.most_summed
     largest = channel.largest_coordinate
     fits = largest is None or (whole is not None and whole <= largest)
     yield (

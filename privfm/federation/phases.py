@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from time import process_time
 from types import TracebackType
-from typing import Self, TypeVar, final
+from typing import Self, final
 
-import torch
-from torch import Tensor
-
-from privfm.checks import require
-from privfm.contracts import KEY_HOLDER, Cast, Channel, Encoded, Engine, Exchange, Intake, Reveals, Transform, View
-from privfm.defenses.transforms import Chain
-from privfm.randomness import Seeds
+from privfm.contracts import KEY_HOLDER, Exchange
 
 START = "start"
 """What the server does before it asks anybody."""
 
 OPEN = "open"
 """The stage at which clients open a sum that is theirs alone. In a deployment its reply stays where it is."""
-
-Result = TypeVar("Result")
 
 
 @final
@@ -156,75 +148,3 @@ class Phases(Exchange):
     def down(self) -> float:
         """Bytes a client is sent: the mean over those that were asked, summed over the stages."""
         return sum(phase.down / max(phase.asked, 1) for phase in self.all)
-
-
-@final
-@dataclass(frozen=True)
-class Rehearsal:
-    """One round of a channel with given rows instead of trained ones.
-
-    Attributes:
-      channel: what is rehearsed.
-      rows: `(m, d)`; client i has row i modulo m.
-      codecs: the wire format. Encoding is counted as the client's work, decoding as the server's.
-      needs: of the rule.
-      gone: clients that are lost, by the stage at which they are.
-      clients: how many take part, numbered from 0; None: one for each row.
-      seed: of the codec's rounding.
-    """
-
-    channel: Channel
-    rows: Tensor
-    codecs: Transform = field(default_factory=lambda: Chain(()))
-    needs: Reveals = Reveals.SUM
-    gone: Mapping[str, frozenset[int]] = field(default_factory=dict)
-    clients: int | None = None
-    seed: int = 0
-
-    @property
-    def cohort(self) -> range:
-        """Who takes part."""
-        return range(len(self.rows) if self.clients is None else self.clients)
-
-    def exact_mean(self, ids: Collection[int]) -> Tensor:
-        """Of the rows of these clients, `(d,)` float64: what the round should give, before any codec."""
-        counts = torch.bincount(torch.tensor(list(ids), dtype=torch.int64) % len(self.rows), minlength=len(self.rows))
-        total = torch.zeros(self.rows.shape[1], dtype=torch.float64)
-        for row, count in zip(self.rows, counts.tolist(), strict=True):
-            total += count * row.double()
-        return total / len(ids)
-
-    def play(
-        self,
-        engine: Engine,
-        finish: Callable[[View], Result],
-        clock: Callable[[], float] = process_time,
-    ) -> tuple[Result, Phases]:
-        """Plays the round.
-
-        Args:
-          engine: with clients one by one, or their encoding is counted as that of the first of a batch.
-          finish: what the server does with the view, for instance `lambda view: view.total()`.
-          clock: see `Phases`.
-
-        Returns:
-          What `finish` gives, and where time and bytes went.
-
-        Raises:
-          InvalidArgument: the codec keeps a state from round to round; there is one round here.
-          RoundFailed: the round could not finish.
-        """
-        d = self.rows.shape[1]
-        require(not self.codecs.init(d), f"codecs={self.codecs!r}: keeps a state, and a rehearsal has one round")
-        exchange = engine.open(self.channel, self._sealed, Cast(0, self.cohort, gone=self.gone))
-        intake = Intake(self.codecs, d, self.needs)
-        with Phases(exchange, clock) as phases:
-            result = finish(self.channel.collect(self.cohort, intake, phases))
-        return result, phases
-
-    def _sealed(self, clients: Sequence[int]) -> Mapping[int, Encoded]:
-        return {client: self._encoded(client) for client in clients}
-
-    def _encoded(self, client: int) -> Encoded:
-        generator = Seeds(self.seed).generator("codecs", 0, client)
-        return self.codecs.encode(self.rows[client % len(self.rows)][None], {}, [generator])[0]

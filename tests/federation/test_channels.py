@@ -6,10 +6,11 @@ from typing import final
 import pytest
 import torch
 
+from privfm.attacks import SignFlip
 from privfm.checks import InvalidArgument
 from privfm.contracts import Channel, ServerAttack
-from privfm.defenses import DPPlan, FixedPoint, Median, TrimmedMean
-from privfm.defenses.channels import BFV, CKKS, PairwiseMasks, Plaintext
+from privfm.defenses import DPPlan, FixedPoint, FoolsGold, Mean, Median, TrimmedMean
+from privfm.defenses.channels import BFV, CKKS, Grouped, PairwiseMasks, Plaintext, Selective
 from privfm.defenses.privacy.integer_noise import IntegerNoise
 from privfm.federation import Arm, FixedSize, problems, rounds
 
@@ -159,3 +160,71 @@ def test_whole_numbers_may_travel_in_the_clear():
     assert problems(Arm(cohort=FixedSize(30), transforms=(CODEC,), rule=Median()), 1000, 100) == []
     with pytest.raises(InvalidArgument, match="bits="):
         FixedPoint(1.0, 60)
+
+
+# Groups, and parts in the clear
+
+
+def test_a_robust_rule_runs_over_sums_of_groups(federation):
+    """60 clients in 12 groups of 5; two attackers spoil at most two groups, the plain sum would follow them."""
+    arm = {
+        "transforms": (FixedPoint(bound=100.0, bits=20),),
+        "cohort": FixedSize(60),
+        "attack": SignFlip(scale=30.0),
+        "malicious": (3, 40),
+    }
+    grouped = played(federation(rule=TrimmedMean(2), channel=Grouped(PairwiseMasks(60), size=5), **arm), 8)
+    summed = played(federation(rule=Mean(), channel=PairwiseMasks(60), **arm), 8)
+    accuracy = [steps[-1].metrics["accuracy"].value for steps in (grouped, summed)]
+    record = grouped[-1].record
+    assert (record.arrived, record.arrived_malicious, record.skipped) == (12, None, "")
+    assert accuracy[0] > accuracy[1] + 0.2
+
+
+def test_what_groups_do_not_carry_is_listed():
+    groups = Arm(
+        cohort=FixedSize(60), transforms=(CODEC,), rule=TrimmedMean(2), channel=Grouped(PairwiseMasks(60), size=5)
+    )
+    assert problems(groups, 1000, 100) == []
+    for change, what in [
+        ({"rule": TrimmedMean(6)}, "needs n >= 2f+1 = 13 updates for TrimmedMean, got n=12"),
+        ({"rule": FoolsGold()}, "FoolsGold remembers clients, and rows of Grouped are means of groups"),
+        ({"rule": Median(), "weighting": "examples"}, "nobody knows what share a row has"),
+        ({"rule": Mean(), "plan": CENTRAL, "cohort": None}, "the noise is made for one sum, and Grouped reveals one a"),
+        ({"channel": Grouped(PairwiseMasks(60, modulus_bits=26), size=5)}, "60 rows of up to 1048576 may leave it"),
+    ]:
+        found = problems(replace(groups, **change), 1000, 100)
+        assert any(what in problem.what for problem in found), (what, found)
+
+
+def test_the_server_reads_the_clear_columns_of_every_client(federation):
+    seen = []
+
+    @final
+    @dataclass(frozen=True)
+    class Keep(ServerAttack):
+        def look(self, wire):
+            seen.append(wire)
+            return {}
+
+    channel = Selective(PairwiseMasks(60), ((10, 300),))
+    plain, partly = (
+        played(federation(transforms=(CODEC,), channel=each, server_attack=Keep()), 1)
+        for each in (Plaintext(), channel)
+    )
+    assert torch.equal(plain[-1].state.model, partly[-1].state.model)
+    open_rows, half_open = seen[0].rows, seen[1].rows
+    assert half_open[:, 10:300].isnan().all()
+    clear = torch.ones(open_rows.shape[1], dtype=torch.bool)
+    clear[10:300] = False
+    assert torch.equal(half_open[:, clear], open_rows[:, clear])
+
+
+def test_noise_of_a_sum_does_not_cover_what_is_in_the_clear():
+    plan = replace(
+        CENTRAL, place="distributed", max_participations=10, integers=IntegerNoise(least_answers=20, clients=60)
+    )
+    arm = Arm(plan=plan, channel=Selective(PairwiseMasks(60), ((10, 300),)))
+    assert any("noise of place 'distributed' covers the sum alone" in p.what for p in problems(arm, 1000, 60))
+    beyond = replace(FIT, channel=Selective(PairwiseMasks(30), ((10, 3000),)))
+    assert any("protected reaches to column 3000, an update has 1000" in p.what for p in problems(beyond, 1000, 100))

@@ -2,7 +2,9 @@
 
 from privfm.defenses.channels.bfv import BFV
 from privfm.defenses.channels.ckks import CKKS
+from privfm.defenses.channels.grouped import Grouped
 from privfm.defenses.channels.masks import PairwiseMasks
 from privfm.defenses.channels.plaintext import Plaintext
+from privfm.defenses.channels.selective import Selective
 
-__all__ = ["BFV", "CKKS", "PairwiseMasks", "Plaintext"]
+__all__ = ["BFV", "CKKS", "Grouped", "PairwiseMasks", "Plaintext", "Selective"]

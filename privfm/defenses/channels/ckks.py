@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, hypot, sqrt
 from struct import pack
@@ -17,6 +17,7 @@ from privfm.checks import (
     BrokenEnvelope,
     Corrupt,
     Overflow,
+    Replay,
     RoundFailed,
     TooFewClients,
     at_least,
@@ -74,8 +75,9 @@ class CKKS(Channel):
     - "clients": the key holder encrypts the sum for the clients in it, under keys that it shares with each, and the
       server only passes it on. The stage `open` and its reply are a client's: an engine that deploys this
       leaves them there, together with the model. A client that colludes with the server, or reads what others send
-      it (use an encrypted transport), gets the key.
-    Rounding alone (to float32, say) breaks the simplest attack and proves nothing; it is not offered.
+      it (use an encrypted transport), may get the key.
+    Rounding alone (to float32, say), like the encryption of zero that the key holder adds, breaks the simplest
+    attack and proves nothing.
 
     Who sees what: see `learns`. Assumed: server and key holder follow the protocol and do not collude. A client that
     picks its own encryption randomness is outside of these arguments. The key holder takes the server's word for how
@@ -89,7 +91,7 @@ class CKKS(Channel):
     |------------------------------------------------|---------------------------------------------------|
     | a row with a coordinate beyond `bound`, or NaN | the client refuses; left out and counted in `bad` |
     | all who answered refused                       | RoundFailed, with the way out                     |
-    | a broken, foreign or replayed client message   | left out and counted in `bad`                     |
+    | a broken, foreign, replayed or second message  | left out and counted in `bad`                     |
     | nobody answered                                | zeros, n = 0                                      |
     | fewer than `smallest_release`, over `clients`  | TooFewClients, RoundFailed                        |
     | the canary is not n, the sum is not whole      | RoundFailed: a wrong key, a server that miscounts |
@@ -201,6 +203,9 @@ class CKKS(Channel):
         deviation = hypot(ring.sum_deviation(), flooding) / self.clients
         return estimate(ring, d + _CANARY, self.bound * ring.largest_error(self.release, d), self.bound * deviation)
 
+    def facts(self, d: int, n: int) -> Mapping[str, str]:
+        return self.cost(d).facts(self.clients)
+
     def steps(self, row: Tensor) -> NDArray[np.int64]:
         """A row `(w,)` in whole steps of the grid, cut towards zero.
 
@@ -242,7 +247,7 @@ class CKKS(Channel):
         head, keys, ring = self._open_keys(server, KEY_HOLDER, _only(exchange, "keys", b""))
         running = RunningSum(ring, intake.width + _CANARY)
         requests = {party: Link(server, party).seal(head, keys) for party in cohort}
-        ids, bad = self._add_all(running, head, exchange("update", requests), intake, server)
+        ids, bad = self._add_all(running, head, requests, intake, exchange)
 
         def total() -> Tensor:
             if not ids:
@@ -253,29 +258,33 @@ class CKKS(Channel):
         return SumView(total, tuple(sorted(ids)), intake.d, bad)
 
     def _add_all(
-        self, running: RunningSum, head: Header, replies: Iterator[tuple[int, bytes]], intake: Intake, server: Party
+        self, running: RunningSum, head: Header, requests: Mapping[int, bytes], intake: Intake, exchange: Exchange
     ) -> tuple[list[int], int]:
-        """Adds what is whole and fits -> the clients in the sum, and how many were left out.
+        """Adds what is whole and fits -> the clients in the sum, and how many messages were left out.
 
         Raises:
           RoundFailed: every row lies beyond the bound.
           TooFewClients: too few rows are left.
         """
         ids: list[int] = []
-        broken = refused = 0
-        for party, reply in replies:
-            own = replace(head, stage="update", length=running.length, clients=1)
-            own = replace(own, weight=intake.weights.get(party, 1.0))
+        refusals: list[int] = []
+        broken = 0
+        for party, reply in exchange("update", requests):
             try:
-                header, parts = Link(server, party).open(reply)
+                if party not in requests or party in ids or party in refusals:
+                    raise Replay(f"client {party} was not asked, or has answered already")
+                weight = intake.weights.get(party, 1.0)
+                own = replace(head, stage="update", length=running.length, clients=1, weight=weight)
+                header, parts = Link(exchange.server, party).open(reply)
                 if header == _refusal(own):
-                    refused += 1
+                    refusals.append(party)
                     continue
                 header.require(replace(own, parts=running.parts))
                 running.add(parts)
                 ids.append(party)
             except BrokenEnvelope:
                 broken += 1
+        refused = len(refusals)
         if refused and not ids:
             raise RoundFailed(f"bound={self.bound}: the rows of {refused} clients lie beyond; raise bound or clip")
         if len(ids) < intake.least_answers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, log2
 from time import perf_counter
 from typing import TypeVar, final
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from privfm.checks import at_least
 from privfm.defenses.channels.ckks_ciphertexts import Ring, RunningSum, encrypt, new_keys, public_ring
-from privfm.defenses.channels.ckks_parameters import CKKSParameters
+from privfm.defenses.channels.ckks_parameters import LARGEST_MODULUS, CKKSParameters
 
 Result = TypeVar("Result")
 
@@ -48,14 +48,21 @@ class CKKSCost:
     server_seconds: float
     key_holder_seconds: float
 
-    def __str__(self) -> str:
+    def facts(self, clients: int) -> dict[str, str]:
+        """In words, for whoever reads before a run; head-room for `clients`."""
         ring = self.parameters
-        return (
-            f"n={ring.degree}, primes {list(ring.chain)}: {self.message_bytes:,} bytes a client "
-            f"({self.bytes_a_number:.1f} a number), error at most {self.largest_error:.1e} "
-            f"(deviation {self.deviation:.1e}), about {self.client_seconds:.2g} s a client, "
-            f"{self.server_seconds:.2g} s on the server for each, {self.key_holder_seconds:.2g} s to decrypt"
-        )
+        return {
+            "ring": f"n={ring.degree}, primes of {'+'.join(map(str, ring.chain))} bits, scale 2^{log2(ring.scale):.0f}: "
+            f"{sum(ring.chain)} of {LARGEST_MODULUS[ring.degree]} bits for 128-bit classical security (HES 2018)",
+            "head-room": f"proved for {clients} clients, whatever they encode",
+            "error": f"of the mean: at most {self.largest_error:.1e}, deviation {self.deviation:.1e}",
+            "a client sends": f"{self.message_bytes:,} bytes, {self.bytes_a_number:.1f} a value",
+            "takes": f"about {self.client_seconds:.2g} s a client, {self.server_seconds:.2g} s on the server for each "
+            f"and {self.key_holder_seconds:.2g} s to decrypt, on this machine",
+        }
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name}: {text}" for name, text in self.facts(self.parameters.clients).items())
 
 
 def estimate(parameters: CKKSParameters, width: int, largest_error: float, deviation: float) -> CKKSCost:

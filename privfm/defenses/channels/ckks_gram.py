@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from hashlib import sha256
+from dataclasses import dataclass, replace
 from math import sqrt
 from secrets import token_bytes
 from struct import Struct, pack
@@ -13,13 +12,13 @@ from typing import Any, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from privfm.checks import (
     BrokenEnvelope,
     Corrupt,
     InvalidArgument,
-    NotRevealed,
     Overflow,
     ParameterMismatch,
     Replay,
@@ -34,7 +33,6 @@ from privfm.contracts import (
     SERVER,
     Channel,
     Decision,
-    Encoded,
     Exchange,
     GramLimits,
     Intake,
@@ -45,20 +43,17 @@ from privfm.contracts import (
     Update,
     View,
 )
-from privfm.defenses.channels.ckks_ring import DEGREE, Array, PublicRing, SecretRing, ServerRing, head_room, new_keys
+from privfm.defenses.channels.ckks_ring import DEGREE, Array, PublicRing, SecretRing, ServerRing, new_keys
 from privfm.defenses.channels.envelope import Header, Link, fingerprint
+from privfm.defenses.channels.gram_view import ASKED, LONGEST, GramView, Held, Row, commitment, numbers, only
 from privfm.defenses.channels.identities import sign, verify
 from privfm.defenses.channels.sketch import (
-    WEIGHT_NORM,
     WEIGHT_SUM,
-    Draw,
     check_groups,
     checked_gram,
     chunks_of,
     effective_size,
-    encrypted_sketch,
-    monomials_of,
-    sketched,
+    rounded_gram,
     step_of,
     whole_weights,
 )
@@ -67,11 +62,8 @@ from privfm.defenses.delegated import decide, references_of
 BITS = 24
 """Resolution of a coordinate, relative to the bound."""
 
-LONGEST = 512.0
-"""Largest L2 norm of a row, in bounds. Its square has to fit `head_room`, with what a sketch adds."""
-
+_TOO_LONG = 1.5 * LONGEST**2  # as a sketch may show a row of `LONGEST`: two of its largest deviations
 _OFF_GRID = 0.25  # steps; 11 standard deviations of the noise of a weighted sum
-_ASKED = Struct("<QQQ")  # references, bad rows, seed
 
 
 @final
@@ -104,9 +96,10 @@ class CKKSGram(Channel):
     away. So the released vector depends on the messages alone, not on any error of encryption: S, which holds every
     client's ciphertext, would compute the secret key from an approximate decryption (Li, Micciancio, "On the security
     of homomorphic encryption on approximate numbers", 2021). There is nothing to flood. The *weights* are functions of
-    approximate inner products. Their last digits may depend on encryption noise, 36 bits below the lengths, and are
-    rounded to 16 bits; with `gram_to_server` entries are rounded to 24 bits of the largest. That is a heuristic: no
-    proof covers it. What bounds it is that S gets at most 17 bits a client in a round, and each key serves one round.
+    inner products, which are approximate; H rounds these to steps a hundred times their noise (`rounded_gram`) before
+    it runs the rule, and the weights to 16 bits. That makes dependence on encryption noise improbable and not
+    impossible: for the weights, and for the matrix with `gram_to_server`, it is a heuristic. What bounds it is that S
+    gets about 17 bits a client of weights in a round, and that each key serves one round.
 
     | event                                               | result                                             |
     |-----------------------------------------------------|----------------------------------------------------|
@@ -230,7 +223,7 @@ class CKKSGram(Channel):
         link = Link(party, SERVER)
         header, parts = link.open(request)
         head = self._checked_key(party, header, parts, 2)
-        ring = _client_ring(parts[0])
+        ring = PublicRing(parts[0])
         encoded = update()  # trains the client
         require(not encoded.side, f"side information {sorted(encoded.side)} cannot travel in a sum; use Plaintext")
         row = encoded.rows[0]
@@ -268,7 +261,7 @@ class CKKSGram(Channel):
         if len(hashes) != n or len(parts[0]) != 32 * n or hashes != sorted(set(hashes)):
             raise Corrupt(f"a list of commitments that are not {n} different ones in order")
         self._enough(n)
-        seed, committed = token_bytes(32), _commitment(parts[0])
+        seed, committed = token_bytes(32), commitment(parts[0])
         kept = {**memory, "list": committed, "length": pack("<Q", header.length)}
         return kept, link.seal(replace(header, parts=2), [seed, committed])
 
@@ -278,15 +271,15 @@ class CKKSGram(Channel):
         header.require(self._expected(memory, "weights", header, parts=len(products) + 3))
         if "list" not in memory or committed != memory["list"]:
             raise Replay("inner products of another list of commitments than the one that was given a seed")
-        n, (m, bad, seed) = header.clients, _unpacked(_ASKED, asked)
+        n, (m, bad, seed) = header.clients, _unpacked(ASKED, asked)
         if m > self.max_references or len(known) != 8 * m * m or len(products) != n * (n + 1) // 2 + n * m:
             raise ParameterMismatch(f"{len(products)} inner products for {n} clients and {m} references")
         ring = SecretRing(memory["secret"])
         gram = _assembled([ring.inner_product(part) for part in products], np.frombuffer(known, "<f8"), n, m)
-        gram, usable = checked_gram(gram, n, 1.5 * LONGEST**2)
-        scaled = torch.from_numpy(gram * header.scale**2)
+        gram, usable = checked_gram(gram, n, _TOO_LONG)
+        scaled = torch.from_numpy(rounded_gram(gram) * header.scale**2)
         if self.gram_to_server:
-            answer = [usable.tobytes(), _rounded(scaled.numpy()).tobytes()]
+            answer = [usable.tobytes(), scaled.numpy().astype("<f8").tobytes()]
             return memory, link.seal(replace(header, parts=len(answer)), answer)
         decision = self._decided(scaled, usable, m, bad, seed)
         weights = decision.weights.numpy()
@@ -294,7 +287,7 @@ class CKKSGram(Channel):
         answer = [weights.astype("<f8").tobytes(), *marks]
         return {**memory, "weights": answer[0][: 8 * n]}, link.seal(replace(header, parts=3), answer)
 
-    def _decided(self, gram: Tensor, usable: Array, m: int, bad: int, seed: int) -> Decision:
+    def _decided(self, gram: Tensor, usable: NDArray[np.bool_], m: int, bad: int, seed: int) -> Decision:
         """Runs the rule on what is usable and spreads what it says over all n clients."""
         if self.rule is None:
             raise InvalidArgument("rule=None: the key holder was given no rule; use `with_rule`, or gram_to_server")
@@ -305,7 +298,8 @@ class CKKSGram(Channel):
         found = decide(self.rule, gram, kept, bad + n - kept, seed)
         whole, unit = whole_weights(found.weights[:kept].numpy())
         weights = torch.zeros(n + m, dtype=torch.float64)
-        weights[:n][keep], weights[n:] = torch.from_numpy(whole * unit), found.weights[kept:]
+        weights[:n][keep] = torch.from_numpy(whole * unit)
+        weights[n:] = found.weights[kept:].float()  # no more digits than clients' weights have
         clipped, suspects = (
             None if marks is None else torch.full((n,), other).masked_scatter(keep, marks.bool())
             for marks, other in ((found.clipped, False), (found.suspects, True))
@@ -317,7 +311,7 @@ class CKKSGram(Channel):
         header, (given, *sums) = _at_least_parts(link, request, 1)
         n, length = header.clients, header.length
         header.require(self._expected(memory, "sum", header, parts=chunks_of(length + 1) + 1))
-        weights = _numbers(given, n)
+        weights = numbers(given, n)
         self._released(memory, weights)
         whole, _ = whole_weights(weights)
         ring = SecretRing(memory["secret"])
@@ -363,22 +357,22 @@ class CKKSGram(Channel):
 
     def collect(self, cohort: Sequence[int], intake: Intake, exchange: Exchange) -> View:
         if not cohort:
-            return _GramView(self, intake, exchange, None, {}, 0)
+            return GramView(self, intake, exchange, None)
         server = exchange.server
-        header, parts = Link(server, KEY_HOLDER).open(_only(exchange, "keys", b""))
+        header, parts = Link(server, KEY_HOLDER).open(only(exchange, "keys", b""))
         head = self._checked_key(server, header, parts, 4)
         public, signature, *evaluation = parts
         ring = ServerRing(public, evaluation)
         sent = replace(head, parts=2)
         requests = {party: Link(server, party).seal(sent, [public, signature]) for party in cohort}
         rows, bad = self._gathered(ring, head, exchange("update", requests), intake, server)
-        return _GramView(self, intake, exchange, _Held(ring, head), dict(sorted(rows.items())), bad)
+        return GramView(self, intake, exchange, Held(ring, head, dict(sorted(rows.items())), bad))
 
     def _gathered(
         self, ring: ServerRing, head: Header, replies: Iterator[tuple[int, bytes]], intake: Intake, server: Party
-    ) -> tuple[dict[int, _Row], int]:
+    ) -> tuple[dict[int, Row], int]:
         """Every whole, fitting row that came, and how many were left out."""
-        rows: dict[int, _Row] = {}
+        rows: dict[int, Row] = {}
         broken = refused = 0
         for party, reply in replies:
             weight = intake.weights.get(party, 1.0)
@@ -389,10 +383,10 @@ class CKKSGram(Channel):
                     refused += 1
                     continue
                 header.require(replace(own, parts=chunks_of(intake.width + 1)))
-                committed = _commitment(*parts)
+                committed = commitment(*parts)
                 if any(committed == other.committed for other in rows.values()):
                     raise Replay("another client's ciphertext")
-                rows[party] = _Row(committed, [ring.parsed(part) for part in parts])
+                rows[party] = Row(committed, [ring.parsed(part) for part in parts])
             except BrokenEnvelope:
                 broken += 1
         if refused and not rows:
@@ -418,175 +412,9 @@ class CKKSGram(Channel):
         return b"ckksgram keys" + fingerprint(repr(self).encode()) + pack(">q", party.round) + public
 
 
-@final
-@dataclass(frozen=True)
-class _Row:
-    """One client's encrypted row, and its commitment."""
-
-    committed: bytes
-    chunks: list[Any] = field(repr=False)
-
-
-@final
-@dataclass(frozen=True)
-class _Held:
-    """What the server works with in a round."""
-
-    ring: ServerRing
-    head: Header
-
-
-@final
-class _GramView(View):
-    """Rows the server holds encrypted: each question goes to the key holder, which answers each once."""
-
-    def __init__(
-        self,
-        channel: CKKSGram,
-        intake: Intake,
-        exchange: Exchange,
-        held: _Held | None,
-        rows: Mapping[int, _Row],
-        bad: int,
-    ) -> None:
-        self.reveals, self.ids, self.d, self.bad = Reveals.GRAM, tuple(rows), intake.d, bad
-        self._channel, self._intake, self._exchange, self._held, self._rows = channel, intake, exchange, held, rows
-        self._matrix: tuple[Tensor, Tensor] | None = None  # references, and the matrix with them
-
-    def total(self) -> Tensor:
-        if self._held is None:
-            return torch.zeros(self.d)
-        return self._intake.total(torch.from_numpy(self._opened(self._held, np.ones(self.n))))
-
-    def gram(self, references: Tensor) -> Tensor:
-        if not self._channel.gram_to_server:
-            raise NotRevealed("gram: the matrix stays with the key holder; use Delegated(rule), or gram_to_server")
-        if self._matrix is None or not torch.equal(self._matrix[0], references):
-            usable, gram = self._measured(references, 0)
-            size = self.n + len(references)
-            if len(usable) != self.n or len(gram) != 8 * size * size or b"\0" in usable:
-                raise RoundFailed("a row too long to be measured; which one is told where the key holder runs the rule")
-            self._matrix = references, torch.from_numpy(np.frombuffer(gram, "<f8").reshape(size, size).copy())
-        return self._matrix[1].clone()
-
-    def decided(self, references: Tensor, seed: int) -> Decision:
-        if self._channel.gram_to_server:
-            raise NotRevealed("decided: the server runs the rule itself; ask for gram")
-        weights, *marks = self._measured(references, seed)
-        found = torch.from_numpy(_numbers(weights, self.n + len(references)).copy())
-        clipped, suspects = (None if not own else torch.tensor([bool(x) for x in own]) for own in marks)
-        for own in (clipped, suspects):
-            if own is not None and len(own) != self.n:
-                raise Corrupt(f"marks of {len(own)} clients, expected {self.n}")
-        return Decision(found, clipped, suspects)
-
-    def weighted_sum(self, weights: Tensor, references: Tensor) -> Tensor:
-        own = weights.detach().cpu().double()
-        if self._held is None or not own[: self.n].any():
-            vector = torch.zeros(self.d, dtype=torch.float64)
-        else:
-            vector = self._intake.total(torch.from_numpy(self._opened(self._held, own[: self.n].numpy()))).double()
-        return (vector + own[self.n :] @ references.detach().cpu().double()).float()
-
-    def _measured(self, references: Tensor, seed: int) -> list[bytes]:
-        """The stages "signs" and "weights" -> the parts of the key holder's answer."""
-        if self._held is None:
-            raise TooFewClients("nobody answered: there is nothing to measure")
-        channel, held, width = self._channel, self._held, self._intake.width
-        scale, plain = self._on_wire(references)
-        link = Link(self._exchange.server, KEY_HOLDER)
-        committed = b"".join(sorted(row.committed for row in self._rows.values()))
-        asked = replace(held.head, stage="signs", length=width, parts=1, clients=self.n, scale=scale)
-        answer = link.expect(_only(self._exchange, "signs", link.seal(asked, [committed])), asked)
-        if len(answer) != 2 or answer[1] != _commitment(committed):
-            raise Replay("a seed for another list of commitments")
-        draw = Draw.expand(answer[0], answer[1], chunks_of(width + 1), channel.groups)
-        short = sketched(plain, draw)
-        known = (short @ short.T).astype("<f8").tobytes()
-        asking = _ASKED.pack(len(plain), self.bad, seed)
-        parts = [answer[1], asking, known, *self._products(held.ring, draw, short)]
-        asked = replace(asked, stage="weights", parts=len(parts))
-        answer = link.expect(_only(self._exchange, "weights", link.seal(asked, parts)), asked)
-        if len(answer) != (2 if channel.gram_to_server else 3):
-            raise Corrupt(f"an answer of {len(answer)} parts")
-        return answer
-
-    def _on_wire(self, references: Tensor) -> tuple[float, Array]:
-        """Units of an update in one bound, and the references in bounds, as rows on the wire would have them."""
-        codecs, width = self._intake.codecs, self._intake.width
-        factor = codecs.similarity
-        require(factor is not None, "codecs change lengths by no one factor: inner products would lie")
-        factor = 1.0 if factor is None else factor
-        wire = references.detach().cpu().double() / factor
-        if len(wire):
-            back = codecs.decode(Encoded(wire, {}), self.d).double() if width == self.d else wire * torch.nan
-            alike = torch.allclose(back, references.cpu().double(), rtol=1e-5, atol=1e-12)
-            require(alike, "references cannot be measured behind codecs that do more than scale")
-        values: Array = wire.numpy() / self._channel.bound
-        longest = float(np.linalg.norm(values, axis=1).max(initial=0.0))
-        if not longest <= LONGEST:
-            raise Overflow(f"bound={self._channel.bound}: a reference has {longest:.4g} bounds; raise bound")
-        return self._channel.bound * factor, values
-
-    def _products(self, ring: ServerRing, draw: Draw, references: Array) -> Iterator[bytes]:
-        """Packed inner products: of clients i <= j, then of each client with each reference."""
-        place = self._intake.width % DEGREE
-        canary = ring.encode(np.eye(1, place + 1, place)[0])
-        monomials = monomials_of(ring, draw)
-        sketches = []
-        for row in self._rows.values():
-            chunks = [*row.chunks[:-1], ring.without(row.chunks[-1], canary)]
-            sketches.append(encrypted_sketch(ring, chunks, monomials, draw))
-        for j, sketch in enumerate(sketches):
-            mirrored = ring.reversed(sketch)
-            for other in sketches[: j + 1]:
-                yield ring.product(other, mirrored).packed()
-        for sketch in sketches:
-            for reference in references:
-                yield ring.plain_product(sketch, reference).packed()
-
-    def _opened(self, held: _Held, weights: Array) -> Array:
-        """The stage "sum" -> the weighted sum of rows on the wire, `(w,)` float64."""
-        ring, width = held.ring, self._intake.width
-        whole, unit = whole_weights(weights)
-        factors = [ring.encode(np.array([float(w)]), 1.0) if w not in (0, 1) else None for w in whole.tolist()]
-        parts = [weights.astype("<f8").tobytes()]
-        for chunk in range(chunks_of(width + 1)):
-            total = ring.zero(None)
-            for row, weight, factor in zip(self._rows.values(), whole.tolist(), factors, strict=True):
-                if weight:
-                    term = row.chunks[chunk]
-                    ring.add(total, term if factor is None else ring.times(term, factor))
-            parts.append(ring.serialized(total))
-        asked = replace(held.head, stage="sum", length=width, parts=len(parts), clients=self.n)
-        link = Link(self._exchange.server, KEY_HOLDER)
-        answer = link.expect(_only(self._exchange, "sum", link.seal(asked, parts)), asked)
-        if len(answer) != 1 or len(answer[0]) != 8 * width:
-            raise Corrupt(f"a sum of {sum(map(len, answer))} bytes, expected 8 for each of {width} numbers")
-        values: Array = np.frombuffer(answer[0], "<i8") * (unit * self._channel.step)
-        return values
-
-
-def _client_ring(public: bytes) -> PublicRing:
-    return PublicRing(public)
-
-
-def _commitment(*parts: bytes) -> bytes:
-    """SHA-256 of the parts, each with its length."""
-    return sha256(b"".join(piece for part in parts for piece in (pack(">Q", len(part)), part))).digest()
-
-
 def _refusal(header: Header) -> Header:
     """The header of a client whose row does not fit: no parts, nobody's row."""
     return replace(header, parts=0, clients=0)
-
-
-def _only(exchange: Exchange, stage: str, request: bytes) -> bytes:
-    """The key holder's reply."""
-    reply = dict(exchange(stage, {KEY_HOLDER: request})).get(KEY_HOLDER)
-    if reply is None:
-        raise RoundFailed(f"the key holder did not answer to {stage!r}")
-    return reply
 
 
 def _at_least_parts(link: Link, message: bytes, least: int) -> tuple[Header, list[bytes]]:
@@ -603,12 +431,6 @@ def _unpacked(form: Struct, content: bytes) -> tuple[Any, ...]:
         raise Corrupt(f"{len(content)} bytes, expected {form.size}") from error
 
 
-def _numbers(content: bytes, count: int) -> Array:
-    if len(content) != 8 * count or not np.isfinite(found := np.frombuffer(content, "<f8")).all():
-        raise Corrupt(f"weights of {len(content)} bytes, expected {count} finite numbers of 8")
-    return found
-
-
 def _assembled(products: Sequence[float], known: Array, n: int, m: int) -> Array:
     """Inner products in the order of `_products`, and those among references -> the whole matrix `(n+m, n+m)`."""
     gram = np.empty((n + m, n + m))
@@ -618,14 +440,3 @@ def _assembled(products: Sequence[float], known: Array, n: int, m: int) -> Array
     between = np.reshape(products[pairs:], (n, m))
     gram[:n, n:], gram[n:, :n], gram[n:, n:] = between, between.T, known.reshape(m, m)
     return gram
-
-
-def _rounded(gram: Array) -> Array:
-    """Entries to 24 bits of the largest."""
-    largest = float(np.abs(gram).max(initial=0.0))
-    step = 2.0 ** (np.ceil(np.log2(largest)) - 24) if largest > 0 else 1.0
-    found: Array = np.rint(gram / step) * step
-    return found.astype("<f8")
-
-
-_ = WEIGHT_NORM, head_room

@@ -144,6 +144,10 @@ class CKKSParameters:
         | 0     | public  | 1e-4  | 4096, [32, 40] + 20; 2048 has no room         | 21             |
         | 1     | clients | 1e-4  | 8192, [60, 40, 40] + 60, scale 2^40           | 81             |
 
+        Sums have no primes to spend, so that their scale takes all the room which the head-room leaves. A chain for
+        products that is used for sums (60, 50, 50 + 58 at scale 2^50) costs four times the bytes and needs
+        flooding 600 times as large.
+
         Args:
           clients: most clients in a sum.
           error: largest absolute error of a coordinate of the sum, relative to `clients * bound`: of the mean over a

@@ -257,7 +257,12 @@ class ServerRing(PublicRing):
 
     def plain_product(self, first: Any, values: Array) -> SecretProduct:
         """The inner product of an encrypted vector and a plain one `(N,)`."""
-        return self._constant(self.times(first, self.encode(_reversed(values))))
+        plain = self.encode(_reversed(values))
+        if plain.is_zero():  # SEAL refuses a product that hides nothing
+            zero = self.zero(None)
+            zero.scale = SCALE**2
+            return self._constant(zero)
+        return self._constant(self.times(first, plain))
 
     def _constant(self, product: Any) -> SecretProduct:
         self.evaluator.rescale_to_next_inplace(product)
@@ -320,7 +325,7 @@ class SecretRing:
         constant, *mask = np.frombuffer(part, "<u8").tolist()
         found = (constant + sum(map(int.__mul__, mask, self._key)) * pow(DEGREE, -1, self._prime)) % self._prime
         centred = found - self._prime if found > self._prime // 2 else found
-        return centred / (SCALE * SCALE / _second_prime(self._seal))
+        return float(centred * _second_prime(self._seal) / SCALE**2)
 
 
 def head_room() -> float:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from typing import Any, TypeVar
 
 import numpy as np
@@ -48,7 +48,7 @@ def encrypted(
     if workers <= 1:
         return _in_order(encrypt, arguments, chunks)
     bounds = [round(i) for i in np.linspace(0, len(chunks), workers + 1)]
-    pool = _pool(processes)
+    pool = _pool(processes, encrypt.__module__)
     try:
         jobs = [pool.submit(_in_order, encrypt, arguments, chunks[low:high]) for low, high in pairwise(bounds)]
         return [message for job in jobs for message in job.result()]
@@ -64,10 +64,14 @@ def close() -> None:
         _pools.popitem()[1].shutdown(cancel_futures=True)
 
 
-def _pool(processes: int) -> ProcessPoolExecutor:
-    """Started afresh, not forked: a copy of a process whose threads hold locks can hang."""
+def _pool(processes: int, module: str) -> ProcessPoolExecutor:
+    """Forked from a clean process that has imported the module, not from this one, whose threads may hold locks."""
     if processes not in _pools:
-        _pools[processes] = ProcessPoolExecutor(processes, get_context("spawn"))
+        clean = "forkserver" in get_all_start_methods()
+        context = get_context("forkserver" if clean else "spawn")
+        if clean:
+            context.set_forkserver_preload([module])  # once for all processes; it takes seconds
+        _pools[processes] = ProcessPoolExecutor(processes, context)
     return _pools[processes]
 
 

@@ -124,7 +124,7 @@ def _stream(values: Words, key: bytes) -> Iterator[tuple[int, Words]]:
     from privfm.defenses.channels.identities import derived
 
     require(len(key) == KEY_BYTES, f"a key of {len(key)} bytes: expected {KEY_BYTES}")
-    require(values.dtype in (np.uint32, np.uint64), f"values of type {values.dtype}: expected uint32 or uint64")
+    require(values.dtype in (word(32), word(64)), f"values of type {values.dtype}: expected uint32 or uint64")
     cipher = Cipher(AES(derived(key, b"masks/expansion")), CTR(bytes(_BLOCK))).encryptor()
     size = values.dtype.itemsize
     step = min(_PIECE // size, max(len(values), 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import pairwise
 from math import comb
 from queue import SimpleQueue
 from struct import pack
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from privfm.blocks import finite
 from privfm.checks import RoundFailed, TooFewClients, at_least, require
-from privfm.contracts import Channel, Exchange, Intake, Memory, Party, Reveals, Update, View
+from privfm.contracts import Channel, Exchange, Intake, MatrixView, Memory, Party, Reveals, Update, View
 from privfm.contracts.transforms import MARGIN
-from privfm.contracts.views import StoredView
+from privfm.defenses.channels.selective import Selective
 from privfm.defenses.views import SumView
 
 
@@ -30,14 +31,14 @@ class Grouped(Channel):
     So a rule that compares coordinates, for which no sum is enough, runs without anybody opening a single row.
 
     *Robustness.* f malicious clients spoil at most f groups, so a rule's f counts groups, and its cohort is
-    `rows(n)`: the breakdown point in clients is smaller by the factor `size`. A mean of groups varies less than a row
-    (by sqrt(size), for independent clients), which rules gain from. A plan's clip is applied again to every group's
-    mean; inside a group nothing holds a malicious client back.
+    `rows(n)`: the breakdown point in clients is smaller by the factor `size`. Whoever can end a sum ends its own
+    group's only. A group's mean varies less than a row (by sqrt(size), for independent clients), which rules gain from.
+    A plan's clip is applied again to every group's mean; inside a group nothing holds a malicious client back.
 
     *Privacy.* A client hides among those of its group who answered, and not among all: at least the inner channel's
     `smallest_release`, as a rule at least `size`. Clients that work with the server are not among them; `isolation`
-    bounds the probability that they are all of somebody's group. Groups are drawn anew in every round, so that over
-    many rounds the server can solve for what stays the same in each client's updates, as it could not from sums over
+    bounds the probability that they are all others of somebody's group. Groups are drawn anew in every round, so that
+    over the rounds the server can solve for what stays the same in each client's updates, sooner than from sums over
     all. Noise that is shared out among clients must suffice for one group.
 
     *Who draws the groups.* The server, which is believed to follow the protocol: they follow from the round and the
@@ -48,8 +49,8 @@ class Grouped(Channel):
     | event                                          | result                                                    |
     |------------------------------------------------|-----------------------------------------------------------|
     | fewer than `size` clients are asked            | TooFewClients, before anything is sent                    |
-    | a group's round fails: too few answers, all of | its row is missing, its clients are lost as drop-outs     |
-    | them refused                                   | are (`GroupView.lost`): not in `bad`, f stays             |
+    | a group's round fails: too few answers, all of | its row is missing, and its clients are lost as drop-outs |
+    | them refused                                   | are: not in `bad`, f stays                                |
     | every group's round fails                      | RoundFailed or TooFewClients, the first group's           |
     | a client left out by its group's channel       | counted in `bad`, and so against f; the group's row stays |
     | nobody of a group answered                     | its row is missing                                        |
@@ -57,7 +58,8 @@ class Grouped(Channel):
     | a group's sum is not finite                    | its row is left out, one more in `bad`                    |
     | the rule needs only the sum                    | the sum over all clients of groups that did not fail      |
 
-    Every group counts the same, whatever its number of answers.
+    Every group counts the same, whatever its number of answers. The view's `ids` number the groups, as `partition`
+    gives them, and no clients.
 
     Channels with a key holder are refused: it answers each stage once a round, and must, or it would open several sums
     under one key. So is what reveals more than sums.
@@ -87,8 +89,9 @@ class Grouped(Channel):
         inner, name = self.channel, type(self.channel).__name__
         least = getattr(inner, "smallest_release", 2)
         require(
-            inner.reveals is Reveals.SUM and inner.unprotected(1) == 0,
-            f"{name} shows the server more than sums, so that groups hide nothing; expected PairwiseMasks or RLWEPad",
+            inner.reveals is Reveals.SUM and not isinstance(inner, Selective),
+            f"{name} shows the server values of single clients, which groups cannot hide; "
+            "expected PairwiseMasks or RLWEPad",
         )
         require(
             not inner.key_holder_stages,
@@ -110,6 +113,10 @@ class Grouped(Channel):
     @property
     def integers(self) -> bool:  # type: ignore[override]
         return self.channel.integers
+
+    @property
+    def most_summed(self) -> int | None:
+        return self.channel.most_clients
 
     @property
     def largest_coordinate(self) -> float | None:
@@ -138,8 +145,21 @@ class Grouped(Channel):
           corrupt: how many of them share what they know with the server.
         """
         at_least("n", n, self.size)
+        at_least("corrupt", corrupt, 0)
         others = n // self.rows(n) - 1
         return min(1.0, (n - corrupt) * comb(corrupt, others) / comb(n - 1, others))
+
+    def facts(self, d: int, n: int) -> Mapping[str, str]:
+        if n < self.size:
+            return {"groups": f"none: {n} clients are fewer than size={self.size}"}
+        rows = self.rows(n)
+        sizes = {n // rows, -(-n // rows)}
+        alone = f"probability <= {self.isolation(n, n // 5):.2g}, if a fifth of all clients are corrupt"
+        return {
+            "groups": f"{rows} of {' or '.join(map(str, sorted(sizes)))} clients",
+            "alone in a group of corrupt clients": alone,
+            **self.channel.facts(d, max(sizes)),
+        }
 
     def with_floor(self, least: int) -> Grouped:
         return replace(self, channel=self.channel.with_floor(least))
@@ -157,7 +177,9 @@ class Grouped(Channel):
         return self.channel.reply(party, stage, memory, request, update)
 
     def collect(self, cohort: Sequence[int], intake: Intake, exchange: Exchange) -> View:
-        if 0 < len(cohort) < self.size:
+        if not cohort:
+            return _viewed((), intake)
+        if len(cohort) < self.size:
             raise TooFewClients(f"size={self.size}: {len(cohort)} client(s) make no group; ask more, or lower size")
         parts = partition(cohort, self.rows(len(cohort)), exchange.server.round)
         summed = replace(intake, needs=Reveals.SUM)
@@ -175,7 +197,7 @@ class Grouped(Channel):
 
 
 def partition(cohort: Sequence[int], groups: int, round: int) -> list[tuple[int, ...]]:
-    """Splits a cohort at random, into groups whose sizes differ by one at most; the later ones are the larger.
+    """Splits a cohort at random, into groups whose sizes differ by one at most.
 
     Clients are ordered by SHA-256 of round and number, and cut in that order. Everybody can compute it beforehand,
     which helps no attacker: f clients spoil f groups at most, however they fall. Whoever chooses the cohort in
@@ -183,38 +205,16 @@ def partition(cohort: Sequence[int], groups: int, round: int) -> list[tuple[int,
 
     Args:
       cohort: clients, in any order.
-      groups: how many.
+      groups: how many, at least 1.
       round: as the server counts.
 
     >>> partition([1, 2, 3, 4, 5], groups=2, round=0) == partition([5, 4, 3, 2, 1], groups=2, round=0)
     True
     """
+    at_least("groups", groups, 1)
     order = sorted(cohort, key=lambda client: sha256(pack(">9sqq", b"partition", round, client)).digest())
     ends = [place * len(order) // groups for place in range(groups + 1)]
-    return [tuple(sorted(order[lo:hi])) for lo, hi in zip(ends[:-1], ends[1:], strict=True)]
-
-
-@final
-class GroupView(StoredView):
-    """Means of groups, `(g, d)`. They belong to no single client: `ids` number the groups.
-
-    Attributes:
-      members: the clients behind each row, by the group's number.
-      lost: clients of groups that failed, of whom some may have answered.
-    """
-
-    def __init__(self, rows: Tensor, members: Mapping[int, tuple[int, ...]], lost: tuple[int, ...], bad: int) -> None:
-        self.members, self.lost = dict(members), lost
-        self._given, self._left_out = rows, bad
-        self._hold(len(rows), rows.shape[1], tuple(members), None)
-
-    def columns(self, lo: int, hi: int) -> Tensor:
-        return self._given[:, lo:hi]
-
-    @property
-    def rows(self) -> Tensor:
-        """All means, `(g, d)`."""
-        return self._rows(0, self.d)
+    return [tuple(sorted(order[lo:hi])) for lo, hi in pairwise(ends)]
 
 
 @final
@@ -249,15 +249,13 @@ def _viewed(groups: Sequence[_Group], intake: Intake) -> View:
         total = torch.zeros(intake.d, dtype=torch.float64)
         for one in arrived.values():
             total += one.total.double() * one.kept(intake)[1]
-        return SumView(
-            total.float, tuple(sorted(client for one in arrived.values() for client in one.ids)), intake.d, bad
-        )
+        ids = tuple(sorted(client for one in arrived.values() for client in one.ids))
+        return SumView(total.float, ids, intake.d, bad)
     rows = torch.empty(len(arrived), intake.d)
     for row, one in zip(rows, arrived.values(), strict=True):
         weight, factor = one.kept(intake)
         row.copy_(one.total * (factor / weight))
-    lost = tuple(sorted(client for group in groups if group.failure for client in group.members))
-    return GroupView(rows, {number: one.ids for number, one in arrived.items()}, lost, bad)
+    return MatrixView(rows, list(arrived), left_out=bad)
 
 
 _STOP: Final = "stop"
@@ -311,9 +309,9 @@ class _Group(Exchange):
 
     def stop(self) -> None:
         """Ends it, if it has not ended."""
-        if self._thread.is_alive() and self.asked is not None:
+        if self._thread.is_alive():  # it was started, and waits or will soon
             self._inbox.put(_STOP)
-        self._thread.join()
+            self._thread.join()
 
     def _returned(self) -> None:
         self._outbox.get()
@@ -349,7 +347,7 @@ def _together(groups: Sequence[_Group], exchange: Exchange, stages: Sequence[str
             requests = {party: request for _, asked in now.values() for party, request in asked.items()}
             owner = {party: group for group, (_, asked) in now.items() for party in asked}
             for party, reply in exchange(stage, requests):
-                group = owner[party]
+                group = owner.get(party, next(iter(now)))  # nobody asked for it: some group's channel counts it as such
                 if group.asked is now[group]:  # it may have stopped listening
                     group.give((party, reply))
             for group, asked in now.items():

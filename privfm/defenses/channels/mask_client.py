@@ -14,7 +14,7 @@ from torch import Tensor
 from privfm.checks import BrokenEnvelope, Corrupt, Overflow, ParameterMismatch, RoundFailed, TooFewClients, require
 from privfm.contracts import SERVER, Memory, Party, Update
 from privfm.defenses.channels.envelope import Header, Link
-from privfm.defenses.channels.expansion import add_mask, encoded, packed, subtract_mask
+from privfm.defenses.channels.expansion import Words, add_mask, encoded, packed, subtract_mask, word
 from privfm.defenses.channels.identities import sign, verify
 from privfm.defenses.channels.mask_secrets import (
     BOX_BYTES,
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 NO_SHARE: Final = bytes(1 + SECRET_BYTES)
 """What a client answers for a neighbour whose box did not open."""
+
+_PIECE = 1 << 15  # numbers converted at a time: they stay in the processor's cache
 
 Answer = tuple[Memory, bytes]
 
@@ -115,7 +117,7 @@ def mask(channel: PairwiseMasks, party: Party, memory: Memory, request: bytes, u
     head = replace(header, length=row.rows.shape[1], clients=1, weight=row.weight)
     left = {name: value for name, value in memory.items() if name not in ("seed", "masking")} | {"boxes": content}
     try:
-        words = encoded(whole(row.rows[0], channel.modulus), channel.modulus_bits)
+        words = words_of(row.rows[0], channel.modulus_bits)
     except Overflow:
         return left, _sealed(party, replace(head, clients=0), [])
     add_mask(words, memory["seed"])
@@ -166,25 +168,31 @@ def unmask(channel: PairwiseMasks, party: Party, memory: Memory, request: bytes)
     return {}, _sealed(party, header, [b"".join(shares)])
 
 
-def sign_of(own: int, other: int) -> Callable[[NDArray[np.unsignedinteger], bytes], None]:
+def sign_of(own: int, other: int) -> Callable[[Words, bytes], None]:
     """Which of two clients adds their mask: the one with the smaller number; the other subtracts it."""
     return add_mask if own < other else subtract_mask
 
 
-def whole(row: Tensor, modulus: int) -> NDArray[np.int64]:
-    """A row `(w,)` of whole numbers, none beyond `modulus / 2`.
+def words_of(row: Tensor, bits: int) -> Words:
+    """A row `(w,)` of whole numbers, none beyond half the modulus 2^bits, as words `(w,)`.
 
     Raises:
       Overflow: some number is not finite, not whole or beyond. Nothing is rounded or cut: that would bend the sum.
     """
-    values = row.detach().cpu().double().numpy()
-    largest = float(np.abs(values).max(initial=0.0))
-    if not largest <= modulus / 2:
-        raise Overflow(f"modulus={modulus}: a coordinate has absolute value {largest:.4g}; expected at most half of it")
-    numbers: NDArray[np.int64] = values.astype(np.int64)
-    if not np.array_equal(numbers, values):
-        raise Overflow("a coordinate is not whole; put a codec of whole numbers before the channel")
-    return numbers
+    values: NDArray[np.float64] = row.detach().cpu().double().numpy()
+    words: Words = np.empty(len(values), word(bits))
+    for at in range(0, len(values), _PIECE):
+        piece = values[at : at + _PIECE]
+        largest = float(np.abs(piece).max())
+        if not largest <= 2.0 ** (bits - 1):
+            raise Overflow(
+                f"modulus_bits={bits}: a coordinate of absolute value {largest:.4g} is beyond half of 2^bits"
+            )
+        numbers = piece.astype(np.int64)
+        if not np.array_equal(numbers, piece):
+            raise Overflow("a coordinate is not whole; put a codec of whole numbers before the channel")
+        words[at : at + _PIECE] = encoded(numbers, bits)
+    return words
 
 
 def _opened(party: Party, request: bytes, expected: Header, parts: int) -> tuple[Header, list[bytes]]:

@@ -18,7 +18,7 @@ chance, and the threshold is chosen so high that honest clients, who answer for 
 open both between them.
 
 Source: Bell, Bonawitz, Gascón, Lepoint, Raykova, "Secure single-server aggregation with (poly)logarithmic overhead",
-2020, sections 3 and 4.
+2020.
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ def active(clients: int, corrupt: int, dropouts: float) -> MaskGraph:
       TooFewClients: c >= n/3, for those who answered.
       InvalidArgument: fewer than t stay.
 
-    Source: Bonawitz et al., "Practical secure aggregation for privacy-preserving machine learning", 2017, section 6.2.
+    Source: Bonawitz et al., "Practical secure aggregation for privacy-preserving machine learning", 2017, on active
+    adversaries.
     """
     at_least("clients", clients, 2)
     if 3 * corrupt >= clients:
@@ -226,7 +227,7 @@ def ring(clients: int, neighbours: int, seed: bytes) -> list[list[int]]:
       neighbours: k, even and under n - 1, or n - 1 for the complete graph.
       seed: of the random order; 32 bytes from the operating system in a round.
 
-    Source: Bell et al., 2020, section 3: a Harary graph with randomly permuted vertices.
+    Source: Bell et al., 2020: a Harary graph with randomly permuted vertices.
     """
     at_least("clients", clients, 2)
     if neighbours == clients - 1:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import pairwise
+from secrets import token_bytes
 from struct import Struct, pack, unpack
 from typing import TYPE_CHECKING, Final, final
 
@@ -67,6 +68,15 @@ class Announced:
     def signed_by(self, party: Party, session: bytes) -> Announced:
         """The same with the signature of its client."""
         return Announced(self.number, self.sharing, self.masking, sign(party, self._content(party, session)))
+
+    def require_keys(self) -> None:
+        """Checks that both are keys.
+
+        Raises:
+          Corrupt: one is a point of small order: whatever is agreed on with it, everybody knows.
+        """
+        secret = loaded(token_bytes(SECRET_BYTES))
+        _ = _agreed(secret, self.sharing), _agreed(secret, self.masking)
 
     def require_signature(self, party: Party, session: bytes) -> None:
         """Checks it against the pinned identity.

@@ -108,9 +108,11 @@ class MaskedSum:
 
     def _keys(self, cohort: Sequence[int]) -> int:
         def take(party: int, header: Header, parts: list[bytes]) -> None:
-            (announced,) = Announced.all_from(_only(parts))
-            if announced.number != party:
-                raise Corrupt(f"client {party} announced the keys of client {announced.number}")
+            found = Announced.all_from(_only(parts))
+            if [each.number for each in found] != [party]:
+                raise Corrupt(f"client {party} announced the keys of clients {[each.number for each in found]}")
+            announced = found[0]
+            announced.require_keys()
             if self._channel.active:
                 announced.require_signature(self._exchange.server, self._session)
             self._announced[party] = announced

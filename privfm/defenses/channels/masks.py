@@ -19,7 +19,7 @@ from privfm.defenses.channels.shamir import MOST_SHARES
 from privfm.defenses.views import SumView
 
 _MOST_BITS = 53  # half the modulus, and with it every centred sum, is then a whole number that float64 holds
-_THIRD = 1 / 3
+_HALF, _THIRD = 1 / 2, 1 / 3
 
 
 @final
@@ -27,13 +27,13 @@ _THIRD = 1 / 3
 class PairwiseMasks(Channel):
     """Whole numbers modulo 2^`modulus_bits`, each row behind a mask of its own and one with every neighbour.
 
-    | stage   | a client sends                                                             | the server          |
-    |---------|----------------------------------------------------------------------------|---------------------|
-    | keys    | two fresh public keys; signed in the active mode                           | draws the neighbours |
-    | shares  | a fresh seed and its mask key, in encrypted shares for neighbours and itself | passes them on     |
-    | masked  | its row + mask of the seed +- masks with each neighbour, modulo m           | adds them up        |
-    | confirm | active mode: its signature under the list of survivors                     | passes them on      |
-    | unmask  | for each neighbour one share: of the seed if it survived, of the key if not | takes the masks off |
+    | stage   | a client sends                                                              | the server           |
+    |---------|-----------------------------------------------------------------------------|----------------------|
+    | keys    | two fresh public keys; signed in the active mode                            | draws the neighbours |
+    | shares  | a fresh seed and its mask key, each in encrypted shares for its neighbours  | passes them on       |
+    | masked  | its row + mask of the seed +- masks with each neighbour, modulo m           | adds them up         |
+    | confirm | active mode: its signature under the list of survivors                      | passes them on       |
+    | unmask  | for each neighbour one share: of the seed if it survived, of the key if not | takes the masks off  |
 
     The masks between two survivors cancel. What is left is the mask of each survivor's seed, which its neighbours'
     shares open, and the masks with those who dropped out after they dealt, whose keys the shares open. No client
@@ -91,8 +91,8 @@ class PairwiseMasks(Channel):
     >>> print(PairwiseMasks(clients=200).graph(200).statement)
     200 clients: 38 neighbours, threshold 27; shows more than the sum: probability <= 2^-40.3; fails: never
 
-    Sources: Bonawitz et al., "Practical secure aggregation for privacy-preserving machine learning", 2017, figure 4;
-    Bell et al., "Secure single-server aggregation with (poly)logarithmic overhead", 2020, algorithm 2.
+    Sources: Bonawitz et al., "Practical secure aggregation for privacy-preserving machine learning", 2017;
+    Bell et al., "Secure single-server aggregation with (poly)logarithmic overhead", 2020.
     """
 
     clients: int
@@ -112,6 +112,11 @@ class PairwiseMasks(Channel):
         require(self.modulus_bits <= _MOST_BITS, f"modulus_bits={self.modulus_bits}: expected at most {_MOST_BITS}")
         fraction("corrupt", self.corrupt, zero=True, one=False)
         fraction("dropouts", self.dropouts, zero=True, one=False)
+        require(
+            self.dropouts < _HALF,
+            f"dropouts={self.dropouts}: expected under 1/2, or half of a client's neighbours could open a secret, and "
+            "the other half its other one; ask more clients",
+        )
         require(
             self.corrupt + self.dropouts < 1,
             f"corrupt={self.corrupt}, dropouts={self.dropouts}: nobody honest would be left; assume less",

@@ -17,51 +17,19 @@ from torch import Tensor
 from privfm.checks import BrokenEnvelope, Corrupt, Overflow, RoundFailed, at_least, require
 from privfm.contracts import SERVER, Channel, Encoded, Exchange, Intake, Memory, Party, Reveals, Update, View
 from privfm.defenses.channels.envelope import Header, Link, fingerprint
-from privfm.defenses.channels.mask_client import whole
 from privfm.defenses.channels.mask_secrets import tagged, untagged
 from privfm.defenses.channels.mask_server import MaskedSum
 from privfm.defenses.channels.masks import PairwiseMasks
-from privfm.defenses.channels.rlwe import (
-    DEGREE,
-    FLIPS,
-    LARGEST_KEY,
-    MODULUS,
-    centred_binomial,
-    product,
-    ternary,
-    uniform,
-)
+from privfm.defenses.channels.pad_parameters import CANARIES, WORD, PadParameters, Whole, most_bits
+from privfm.defenses.channels.rlwe import DEGREE, MODULUS, ternary
 from privfm.defenses.channels.rlwe_security import Estimate, pad_security
 from privfm.defenses.transforms import Chain
 from privfm.defenses.views import SumView
 
-CANARIES: Final = 8
-"""Known numbers after the row. A sum of n rows opened with a wrong key passes them with probability
-((42 n + 1) / q)^8: under 2^-120 for up to 1000 clients."""
+__all__ = ["RLWEPad", "most_bits"]
 
-_HALF: Final = (MODULUS - 1) // 2
-_WORD: Final = np.dtype("<u4")
 _MARK_BYTES: Final = 16  # of a fingerprint
 _OWN: Final = "pad/announced"  # in a client's memory: the fingerprint of what it announced
-
-Whole = NDArray[np.int64]
-
-
-def most_bits(clients: int, *, approximate: bool = False) -> int:
-    """The finest resolution that sums of so many clients have room for.
-
-    K numbers D m and their errors, of at most 21 K together, stay under q/2. Exact sums need D = 42 K + 1, so that
-    rounding removes any error, and lose two bits with each doubling of K; approximate ones do with D = 1, and lose one.
-
-    >>> [most_bits(clients) for clients in (2, 10, 50, 100, 200)]
-    [22, 17, 13, 11, 9]
-    >>> [most_bits(clients, approximate=True) for clients in (2, 10, 50, 100, 200)]
-    [28, 26, 24, 23, 22]
-    """
-    at_least("clients", clients, 1)
-    require(clients <= LARGEST_KEY, f"clients={clients}: key sums are exact up to {LARGEST_KEY} clients")
-    apart = 1 if approximate else 2 * FLIPS * clients + 1
-    return ((_HALF // clients - FLIPS) // apart).bit_length() - 1
 
 
 @final
@@ -106,7 +74,7 @@ class RLWEPad(Channel):
     With noise of a few units the grid may be much finer: at equal bounds the second is the more precise one.
 
     Cost: 4 bytes a parameter and client, and the key sum (`masks` for 2048 numbers). For a million parameters on one
-    core a client needs 60 ms, the server 45 ms once and 6 ms a client.
+    quiet core a client needs 65 ms, the server 50 ms once and 6 ms a client.
 
     Args:
       clients: most clients a sum may hold. Head-room is proved for it, errors included.
@@ -130,7 +98,6 @@ class RLWEPad(Channel):
     integers = True
 
     def __post_init__(self) -> None:
-        at_least("bits", self.bits, 0)
         at_least("smallest_release", self.smallest_release, 2)  # the key sum of one is its key
         at_least("clients", self.clients, self.smallest_release)
         require(
@@ -143,12 +110,7 @@ class RLWEPad(Channel):
             f"masks: {self.masks.clients} clients modulo {self.masks.modulus}: expected at least {self.clients}, and a "
             "modulus of more than twice as many",
         )
-        most = most_bits(self.clients, approximate=self.approximate)
-        require(
-            self.bits <= most,
-            f"bits={self.bits}: sums of {self.clients} clients have room for {most}; lower bits"
-            + ("" if self.approximate else ", or take approximate=True"),
-        )
+        _ = self.parameters  # refuses what there is no room for
 
     @property
     def client_stages(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant of the class elsewhere
@@ -172,22 +134,13 @@ class RLWEPad(Channel):
         return int(self.masks.corrupt * self.clients + 1e-9)  # 0.29 of 100 are 29
 
     @property
-    def factor(self) -> int:
-        """D, the largest for which `K (D 2^bits + 21) <= (q - 1) / 2`: a sum never wraps, whatever the errors."""
-        return (_HALF // self.clients - FLIPS) >> self.bits
+    def parameters(self) -> PadParameters:
+        """How numbers lie in a row, with the proof of head-room."""
+        return PadParameters(self.clients, self.bits, self.approximate)
 
-    @property
-    def levels(self) -> int:
-        """Different values a number of a row can take."""
-        return (2 << self.bits) + 1
-
-    def error_bound(self, n: int) -> int:
-        """Largest absolute error of a number in the sum of n rows: 21 n errors, divided by D and rounded."""
-        return (2 * FLIPS * n + self.factor) // (2 * self.factor)
-
-    def deviation(self, n: int) -> float:
-        """Standard deviation of that error, before rounding; 0 where the bound is 0."""
-        return sqrt(n * FLIPS / 2) / self.factor if self.error_bound(n) else 0.0
+    def error_bound(self, d: int, n: int) -> float:
+        """Largest L2 distance of the sum of n rows of d whole numbers from the exact sum, in their units."""
+        return sqrt(d) * self.parameters.error_bound(n)
 
     @property
     def security(self) -> Estimate:
@@ -203,8 +156,35 @@ class RLWEPad(Channel):
             f"estimated at {self.security.bits:.0f} bits",
         }
 
+    def facts(self, d: int, n: int) -> Mapping[str, str]:
+        parameters, honest, unseen = self.parameters, self.smallest_release - self.colluders, pad_security(None)
+        bound, deviation = parameters.error_bound(n), parameters.deviation(n)
+        return {
+            "levels of a value": f"{parameters.levels}; head-room proved for {self.clients} clients",
+            "sum": f"error at most {bound}, deviation {deviation:.3g}, in steps of the codec" if bound else "exact",
+            "bytes of a row": f"{WORD.itemsize * (d + CANARIES)}, and its key of {DEGREE} numbers under masks",
+            "security": f"Hint-RLWE, no reduction proved; estimate {self.security.bits:.0f} bits (classical) with "
+            f"{honest} honest clients in the sum, {unseen.bits:.0f} without the sum of their keys; research",
+            **{f"key sum: {name}": text for name, text in self.masks.facts(DEGREE, n).items()},
+        }
+
     def with_floor(self, least: int) -> RLWEPad:
         return replace(self, smallest_release=max(least, self.smallest_release))
+
+    def numbers(self, row: Tensor) -> Whole:
+        """A row `(w,)` as whole numbers.
+
+        Raises:
+          Overflow: a number is not finite, not whole or beyond 2^bits. It is neither cut nor rounded.
+        """
+        values = row.detach().cpu().double().numpy()
+        largest = float(np.abs(values).max(initial=0.0))
+        if not largest <= 2.0**self.bits:
+            raise Overflow(f"bits={self.bits}: a number of absolute value {largest:.17g}; raise bits, or clip updates")
+        whole: Whole = values.astype(np.int64)
+        if not np.array_equal(whole, values):
+            raise Overflow("a number is not whole; put a codec of whole numbers before the channel")
+        return whole
 
     def reply(self, party: Party, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
         if stage == "masked":
@@ -225,14 +205,16 @@ class RLWEPad(Channel):
         def total() -> Tensor:
             if not keys.ids:
                 return torch.zeros(intake.d)
-            row = self._opened(padded.running, padded.transcript, keys.open(), len(keys.ids), exchange.server.round)
+            seed = self._seed(padded.transcript, exchange.server.round)
+            row = self.parameters.opened(padded.running, keys.open(), seed, len(keys.ids))
             return intake.total(torch.from_numpy(row.astype(np.float64)))
 
         return SumView(total, keys.ids, intake.d, keys.bad + padded.bad)
 
     def header(self, transcript: bytes) -> Header:
         """What the messages that carry rows say: these parameters, and the polynomials of this transcript."""
-        return Header("pad", fingerprint(repr(self).encode()), fingerprint(transcript), "masked", scale=1 / self.factor)
+        scale = 1 / self.parameters.factor
+        return Header("pad", fingerprint(repr(self).encode()), fingerprint(transcript), "masked", scale=scale)
 
     @property
     def _key_sums(self) -> PairwiseMasks:
@@ -255,42 +237,13 @@ class RLWEPad(Channel):
         row = encoded.rows[0]
         own = replace(header, length=len(row), parts=0, clients=0, weight=encoded.weight)
         try:
-            numbers = whole(row, 2 << self.bits)
+            numbers = self.numbers(row)
         except Overflow:
             return memory, link.seal(own, [])
         key = ternary(DEGREE)
-        words = self._words(numbers, key, self._seed(transcript, party.round))
+        words = self.parameters.padded(numbers, key, self._seed(transcript, party.round))
         memory, masked = self._key_sums.reply(party, "masked", memory, asked, lambda: _as_row(key))
         return memory, link.seal(replace(own, parts=2, clients=1), [masked, words])
-
-    def _words(self, numbers: Whole, key: NDArray[np.int8], seed: bytes) -> bytes:
-        """`a s + e + D m` modulo q, a row and its canaries."""
-        values = _pads(seed, key, len(numbers) + CANARIES)
-        values += centred_binomial(len(values))
-        values[: len(numbers)] += self.factor * numbers
-        values[len(numbers) :] += self.factor << self.bits
-        values %= MODULUS
-        return values.astype(_WORD).tobytes()
-
-    def _opened(self, padded: NDArray[np.uint64], transcript: bytes, key: Whole, n: int, now: int) -> Whole:
-        """Takes the pad off a sum of n rows with their canaries -> the sum of the rows.
-
-        Raises:
-          RoundFailed: these pads do not belong to this key, or a client sent what no row is.
-        """
-        failed = RoundFailed(f"what is left is no sum of {n} rows: a wrong key sum, or one of them is malicious")
-        if np.abs(key).max() > n:
-            raise failed
-        values = padded.astype(np.int64) - _pads(self._seed(transcript, now), key, len(padded))
-        values = (values + _HALF) % MODULUS - _HALF
-        rounded = (values + self.factor // 2) // self.factor
-        sound = np.abs(values[-CANARIES:] - (n * self.factor << self.bits)).max() <= FLIPS * n
-        sound &= np.abs(rounded[:-CANARIES]).max(initial=0) <= (n << self.bits) + self.error_bound(n)
-        if not self.approximate:
-            sound &= np.abs(values - self.factor * rounded).max() <= FLIPS * n
-        if not sound:
-            raise failed
-        return rounded[:-CANARIES]
 
     def _seed(self, transcript: bytes, now: int) -> bytes:
         parameters = fingerprint(repr(self).encode())
@@ -370,18 +323,12 @@ class _PaddedSum(Exchange):
         masked, content = parts
         if len(masked) <= DEGREE:
             raise Corrupt(f"a padded row with {len(masked)} bytes for its key: it could never be opened")
-        if len(content) != _WORD.itemsize * len(self.running):
-            raise Corrupt(f"a padded row of {len(content)} bytes, expected {_WORD.itemsize} for each number")
-        words: NDArray[np.uint32] = np.frombuffer(content, _WORD)
+        if len(content) != WORD.itemsize * len(self.running):
+            raise Corrupt(f"a padded row of {len(content)} bytes, expected {WORD.itemsize} for each number")
+        words: NDArray[np.uint32] = np.frombuffer(content, WORD)
         if words.max() >= MODULUS:
             raise Corrupt(f"a padded row with a number of {words.max()}, expected less than {MODULUS}")
         return masked, words
-
-
-def _pads(seed: bytes, key: NDArray[np.integer], length: int) -> Whole:
-    """`a s` over the integers, `(length,)`: as many polynomials as that takes."""
-    polynomials = uniform(seed, -(-length // DEGREE) * DEGREE).reshape(-1, DEGREE)
-    return product(polynomials, key).reshape(-1)[:length]
 
 
 def _as_row(key: NDArray[np.int8]) -> Encoded:

@@ -126,13 +126,12 @@ def product(polynomials: NDArray[Any], key: NDArray[Any]) -> NDArray[np.int64]:
     )
     largest = int(np.abs(key.astype(np.int64)).max())
     require(largest <= LARGEST_KEY, f"a key of absolute value {largest}: exact up to {LARGEST_KEY}; sum fewer clients")
-    residues = polynomials.astype(np.int64, copy=False)
-    in_range = not residues.size or (int(residues.min()) >= 0 and int(residues.max()) < MODULUS)
+    in_range = not polynomials.size or (int(polynomials.min()) >= 0 and int(polynomials.max()) < MODULUS)
     require(in_range, f"polynomials: expected residues from 0 to {MODULUS - 1}")
-    whole = np.empty(residues.shape, np.int64)
+    whole = np.empty(polynomials.shape, np.int64)
     transform = np.fft.fft(_folded(key[None]))
-    for at in range(0, len(residues), _ROWS):
-        rows = residues[at : at + _ROWS]
+    for at in range(0, len(polynomials), _ROWS):
+        rows = polynomials[at : at + _ROWS].astype(np.int64)
         high = (rows + (1 << _LIMB - 1)) >> _LIMB
         high_part, low_part = (_multiplied(limb, transform) for limb in (high, rows - (high << _LIMB)))
         np.add(high_part << _LIMB, low_part, out=whole[at : at + _ROWS])
@@ -157,9 +156,10 @@ def _folded(rows: NDArray[Any]) -> NDArray[np.complex128]:
 
 
 def _multiplied(limb: NDArray[np.int64], transform: NDArray[np.complex128]) -> NDArray[np.int64]:
-    values = np.fft.fft(_folded(limb))
+    values = _folded(limb)
+    np.fft.fft(values, out=values)
     values *= transform
-    values = np.fft.ifft(values)
+    np.fft.ifft(values, out=values)
     values *= _twist().conj()
     whole = np.empty(limb.shape, np.int64)
     for part, half in ((values.real, slice(None, DEGREE // 2)), (values.imag, slice(DEGREE // 2, None))):

@@ -32,6 +32,8 @@ from privfm.contracts import (
 from privfm.defenses.channels.envelope import Header, Link, fingerprint
 from privfm.defenses.channels.selective_maps import Ranges
 
+_LARGEST = 2**31 - 1  # of the whole numbers that 4 bytes hold
+
 
 @final
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Selective(Channel):
     | beyond the inner channel's bound, or not whole where it  | sends zeros in the clear                           |
     | must be                                                  |                                                    |
     | the same of a malicious client's clear part              | left out and counted in `bad`                      |
-    | a broken, foreign or replayed message                    | left out and counted in `bad`                      |
+    | a broken, foreign, replayed or second message            | as in the inner channel                            |
     | a client in the protected sum that sent no clear part    | zeros there: what it might have sent anyway        |
     | a client that drops out after it has sent its clear part | its clear part has been seen, and is not summed    |
     | a codec whose columns are not the update's               | InvalidArgument                                    |
@@ -73,6 +75,10 @@ class Selective(Channel):
 
     Raises:
       InvalidArgument: the channel reveals more than a sum, or the ranges are empty, unsorted or overlap.
+
+    Sources: Jin et al., "FedML-HE: an efficient homomorphic-encryption-based privacy-preserving federated learning
+    system", 2023 (selecting what to encrypt); Phong et al., "Privacy-preserving deep learning via additively
+    homomorphic encryption", 2018, section 3 (the input of a fully connected layer from its gradient).
     """
 
     channel: Channel
@@ -115,8 +121,9 @@ class Selective(Channel):
 
     @property
     def largest_coordinate(self) -> float | None:
-        """The inner channel's; clear columns are held to it, too."""
-        return self.channel.largest_coordinate
+        """The inner channel's, to which clear columns are held, too, but for 2^31, for which 4 bytes have no room."""
+        largest = self.channel.largest_coordinate
+        return _LARGEST if self.integers and largest == _LARGEST + 1 else largest
 
     @property
     def modulus(self) -> int | None:
@@ -133,6 +140,10 @@ class Selective(Channel):
     def unprotected(self, d: int) -> float:
         """Share of the d columns that the server reads of each client."""
         return 1.0 - float(np.diff(self._edges.clip(max=d)).sum()) / d
+
+    def facts(self, d: int, n: int) -> Mapping[str, str]:
+        count = round((1 - self.unprotected(d)) * d)
+        return {"protected": f"{count} of {d} values, in {len(self.protected)} ranges", **self.channel.facts(count, n)}
 
     @property
     def learns(self) -> Mapping[str, str]:
@@ -193,11 +204,11 @@ class Selective(Channel):
 
     def _fits(self, row: Tensor) -> bool:
         """Whether every number of `(k,)` may be sent."""
-        largest = self.channel.largest_coordinate
+        largest = self.largest_coordinate
         return (
             bool(finite(row[None]))
             and (largest is None or bool((row.abs() <= largest).all()))
-            and (not self.channel.integers or bool((row == row.round()).all()))
+            and (not self.integers or bool((row == row.round()).all()))
         )
 
     def _require_columns(self, intake: Intake, mask: Tensor) -> None:
@@ -216,10 +227,10 @@ class Selective(Channel):
     @property
     def _wire(self) -> np.dtype[Any]:
         """How a number in the clear is written; it must not depend on the row."""
-        largest = self.channel.largest_coordinate
-        if not self.channel.integers:
+        if not self.integers:
             return np.dtype("<f4")
-        return np.dtype("<i4" if largest is not None and largest < 2**31 else "<i8")
+        largest = self.largest_coordinate
+        return np.dtype("<i4" if largest is not None and largest <= _LARGEST else "<i8")
 
     @cached_property
     def _edges(self) -> NDArray[np.int64]:

@@ -44,7 +44,13 @@ WEIGHT_NORM: Final = 2.0**16
 WEIGHT_SUM: Final = 2.0**20
 """Sum of whole weights: a sum of so many rows of 24 bits is still exact in double precision, FFT included."""
 
-_ROUNDING = 2.0**-30  # of an inner product: evaluation noise is 2^-36 of the lengths involved
+PRECISION: Final = 2.0**-28
+"""Least step, in squared bounds, to which inner products are rounded. Their noise is 2^-35."""
+
+RELATIVE_PRECISION: Final = 2.0**-24
+"""Least step as a share of the product of two lengths."""
+
+_NOISE = 2.0**-30  # of an entry, in squared bounds and as a share of the largest; 30 standard deviations
 
 
 @final
@@ -79,7 +85,9 @@ class Draw:
         check_groups(count)
         stream = Cipher(ChaCha20(derived(seed, b"sketch", context), bytes(16)), None).encryptor()
         words = np.frombuffer(stream.update(bytes(8 * chunks)), "<u4").astype(np.int64).reshape(chunks, 2)
-        return cls(words[:, 0] % (2 * DEGREE), words[:, 1] % count, count)  # powers of two: no remainder, no bias
+        groups = words[:, 1] % count  # powers of two: no remainder, no bias
+        # Mapping everything once more changes no inner product: so as few times as will do.
+        return cls(words[:, 0] % (2 * DEGREE), groups - groups.min(initial=count), count)
 
     @property
     def step(self) -> int:
@@ -94,7 +102,7 @@ def check_groups(count: int) -> None:
 
 
 def step_of(count: int) -> int:
-    """t for so many groups: an element of order G modulo 2N."""
+    """The t for so many groups: an element of order G modulo 2N."""
     return pow(3, DEGREE // 2 // count, 2 * DEGREE)
 
 
@@ -141,10 +149,12 @@ def encrypted_sketch(ring: ServerRing, chunks: Sequence[Any], monomials: Sequenc
         else:
             ring.add(sums[group], moved)
     total = ring.zero(None)  # ours: a client cannot make all of it cancel
-    for held in reversed(sums):  # Horner's scheme: group g is mapped g times
-        ring.map(total, draw.step)
+    for group in range(int(draw.groups.max()), -1, -1):  # Horner's scheme: group g is mapped g times
+        held = sums[group]
         if held is not None:
             ring.add(total, held)
+        if group:
+            ring.map(total, draw.step)
     return total
 
 
@@ -189,7 +199,8 @@ def checked_gram(gram: Array, n: int, largest: float) -> tuple[Array, NDArray[np
 
     Returns:
       The matrix of usable clients and references, and `(n,)` which clients are usable. It is positive semi-definite:
-      negative eigenvalues within the tolerance, `(n+m) 2^-30` of the largest diagonal entry, are set to zero.
+      negative eigenvalues within the tolerance, `(n+m) 2^-30` of the largest squared length or bound, are set to
+      zero.
 
     Raises:
       RoundFailed: not finite, or beyond the tolerance no Gram matrix of anything.
@@ -197,14 +208,13 @@ def checked_gram(gram: Array, n: int, largest: float) -> tuple[Array, NDArray[np
     if not np.isfinite(gram).all():
         raise RoundFailed("the decrypted inner products are not finite")
     squares = gram.diagonal()[:n]
-    tolerance = len(gram) * _ROUNDING * max(largest, 1.0)
-    usable = (squares <= largest) & (squares >= -tolerance)
+    usable = (squares <= largest) & (squares >= -_NOISE)
     keep = np.concatenate([usable, np.ones(len(gram) - n, bool)])
     kept = gram[np.ix_(keep, keep)]
     if len(kept) == 0:
         return kept, usable
     values, vectors = np.linalg.eigh(kept)
-    tolerance = len(kept) * _ROUNDING * max(float(kept.diagonal().max()), 0.0) + _ROUNDING
+    tolerance = len(kept) * _NOISE * max(float(kept.diagonal().max()), 1.0)
     if values[0] < -tolerance:
         raise RoundFailed(
             f"the decrypted inner products have an eigenvalue of {values[0]:.3g}: of no rows whatever, a row too long "
@@ -213,3 +223,15 @@ def checked_gram(gram: Array, n: int, largest: float) -> tuple[Array, NDArray[np
     if values[0] >= 0:
         return kept, usable
     return (vectors * values.clip(min=0)) @ vectors.T, usable
+
+
+def rounded_gram(gram: Array) -> Array:
+    """A Gram matrix in squared bounds, rounded to steps far above the noise of its entries and below a sketch's error.
+
+    A step is the power of two from `RELATIVE_PRECISION` times the two lengths on, and at least `PRECISION`.
+    """
+    lengths = np.sqrt(gram.diagonal().clip(min=0))
+    steps = np.maximum(RELATIVE_PRECISION * np.outer(lengths, lengths), PRECISION)
+    steps = 2.0 ** np.ceil(np.log2(steps))
+    found: Array = np.rint(gram / steps) * steps
+    return found
