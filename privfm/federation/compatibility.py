@@ -370,7 +370,7 @@ def _integers(arm: Arm, plan: DPPlan, integers: IntegerNoise, d: int) -> Iterato
     yield (
         arm.channel.reveals is not Reveals.SUM,
         f"{way} reveals {arm.channel.reveals.name}: each client adds only a share of the noise",
-        "a channel that reveals the sum alone, such as CKKS",
+        "a channel that reveals the sum alone, such as PairwiseMasks",
     )
     yield from integers.problems(plan.noise_multiplier, d, arm.channel)
 

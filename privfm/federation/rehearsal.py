@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -109,7 +110,7 @@ def in_child(work: Callable[..., Result], *arguments: Any) -> Result:
       Exception: what `work` raised.
     """
     context = get_context("forkserver")
-    context.set_forkserver_preload(list(_LIBRARIES))
+    context.set_forkserver_preload(_preloaded())
     receiving, sending = context.Pipe(duplex=False)
     child = context.Process(target=_answer, args=(sending, work, arguments))
     child.start()
@@ -130,12 +131,19 @@ _LIBRARIES = (
     "cryptography.hazmat.primitives.asymmetric.ed25519",
     "cryptography.hazmat.primitives.asymmetric.x25519",
     "cryptography.hazmat.primitives.ciphers.aead",
+    "cryptography.hazmat.primitives.constant_time",
+    "cryptography.hazmat.primitives.hmac",
     "cryptography.hazmat.primitives.kdf.hkdf",
-    "privfm.engines",
     "tenseal.sealapi",
-    "scipy.special",
+    "safetensors.torch",
 )
-"""What channels load when they are first used; otherwise each process would load it, and count that as its work."""
+"""What channels load when they are first used. Otherwise each process would load it and count that as its work."""
+
+
+def _preloaded() -> list[str]:
+    """Modules that a process does not have to load: those above, and all of this package that are loaded here."""
+    here = [name for name in sys.modules if name.partition(".")[0] == __package__.partition(".")[0]]
+    return [*_LIBRARIES, *(name for name in here if not name.endswith("__main__"))]
 
 
 def _answer(sending: Connection, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -146,19 +154,21 @@ def _answer(sending: Connection, work: Callable[..., Any], arguments: tuple[Any,
         sending.send((False, error))
 
 
-def reset_peak() -> int | None:
-    """Bytes resident now; the peak is counted from here on. None outside Linux."""
+def grown(work: Callable[..., Result], *arguments: Any) -> tuple[Result, int | None]:
+    """What `work(*arguments)` gives, and the bytes by which this process grew at the worst moment; None outside Linux.
+
+    What other work has left free within the process hides some of it: use it in a process of its own.
+    """
     switch = Path("/proc/self/clear_refs")
     if not switch.exists():
-        return None
+        return work(*arguments), None
     switch.write_text("5")  # proc(5): sets VmHWM back to what is resident now
-    return peak_memory()
+    before = _peak()
+    result = work(*arguments)
+    return result, max(_peak() - before, 0)
 
 
-def peak_memory() -> int | None:
-    """Most bytes this process had resident since `reset_peak`. None outside Linux."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+def _peak() -> int:
+    """Most bytes this process had resident."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return 1024 * int(line.split()[1])

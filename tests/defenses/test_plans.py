@@ -145,7 +145,7 @@ REFUSED = {
         "OwnTraining does not show its steps",
         "SGD or AdamW",
     ),
-    "shares, seen one by one": ({"plan": DISTRIBUTED, "channel": Plaintext()}, "only a share of the noise", "CKKS"),
+    "shares, seen one by one": ({"plan": DISTRIBUTED, "channel": Plaintext()}, "only a share of the noise", "PairwiseMasks"),
     "no key holder": ({"plan": KEY_HOLDER, "channel": Plaintext()}, "no key holder that could add", "CKKS"),
     "a channel that cuts": ({"channel": CKKS(0.5, 100)}, "may have a coordinate of 1", "at least the clip"),
     "a clip that moves": (
@@ -156,7 +156,7 @@ REFUSED = {
     "a grid of another step": (
         {"plan": DISTRIBUTED, "channel": CKKS(1.5, 100)},
         "does not carry whole numbers exactly|refuses coordinates",
-        "carries them",
+        "PairwiseMasks(modulus_bits=",
     ),
     "products of factors": ({"adapters": ProductGeometry()}, "no bounded sensitivity", "leave adapters out"),
     "a smaller population": (

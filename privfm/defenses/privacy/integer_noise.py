@@ -106,7 +106,8 @@ class IntegerNoise:
         """What keeps a channel from carrying these whole numbers, as `compatibility` lists it."""
         name, half = type(channel).__name__, 2.0 ** (self.modulus_bits - 1)
         grid, largest = channel.grid, channel.largest_coordinate
-        exact = f"{name}(bound={half:g}, bits={self.modulus_bits - 1}) carries them"
+        bits = self.modulus_bits
+        exact = f"PairwiseMasks(modulus_bits={bits}), BFV(bits={bits - 1}) or CKKS(bound={half:g}, bits={bits - 1})"
         yield (
             not channel.integers and (grid is None or abs(1 / grid - round(1 / grid)) > 0),
             f"{name} does not carry whole numbers exactly",
