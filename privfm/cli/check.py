@@ -17,7 +17,7 @@ from privfm.cli.explain import public_classes
 from privfm.cli.run import Request, request
 from privfm.contracts import Cast, Channel, Encoded, Intake, Knows, Reveals, Rule, Table, UpdateAttack
 from privfm.defenses import DPPlan, Mean
-from privfm.defenses.channels import PairwiseMasks
+from privfm.defenses.channels import PairwiseMasks, Selective
 from privfm.engines import Local
 from privfm.experiment import RunConfig, arm_of, deal
 from privfm.experiment.run import AccountedFacts, affordable_rounds
@@ -29,8 +29,11 @@ from privfm.randomness import Seeds
 from privfm.reporting import epsilon_paragraph
 from privfm.reporting.formats import bytes_text
 
-MEASURED_CLIENTS = 2
-"""Clients whose messages are measured; a channel's are as long for each."""
+MOST_MEASURED = 50
+"""Clients whose messages are measured, at most: pairwise masks have their largest complete graph below."""
+
+NARROW = 1024
+"""Values of the rows that so many send."""
 
 LARGEST_MEASURED = 1 << 22
 """Values a measured row has at most; the bytes of a longer one are scaled up."""
@@ -38,6 +41,7 @@ LARGEST_MEASURED = 1 << 22
 SAMPLES: dict[str, Any] = {
     "bound": 1.0, "clients": 1000, "f": 1, "max_norm": 1.0, "radius": 1.0, "rule": Mean(), "s": 2, "step_size": 0.01,
     "threshold": 4, "bits": 16, "channel": PairwiseMasks(clients=1000), "size": 10, "protected": ((0, 500),),
+    "masks": PairwiseMasks(clients=1000, corrupt=0.0, modulus_bits=16), "approximate": True,
 }  # fmt: skip
 """Values for the required fields of rules and channels, by name, for the table of what fits together."""
 
@@ -124,7 +128,7 @@ def _sizes(outline: Outline, measurable: bool) -> Iterator[tuple[str, str]]:
     yield "smallest cohort", _smallest_cohort(arm)
     up = None
     if measurable:
-        up, down, exact = measured_bytes(arm, d)
+        up, down, exact = measured_bytes(arm, d, round(arm.sampling.expected(outline.clients)))
         about = "" if exact else "about "
         yield "bytes up", f"{about}{bytes_text(up)} ({up:,.0f}) a client and round"
         yield "bytes down", f"{about}{bytes_text(down)} ({down:,.0f}) a client and round, the model included"
@@ -154,21 +158,40 @@ def _memory(arm: Arm, d: int, largest: int, up: float | None) -> str:
     if Reveals.SUM in (arm.channel.reveals, needs):
         ciphertext = (up or 0.0) if arm.channel.key_holder_stages else 0.0
         return f"{bytes_text(max(8.0 * d, ciphertext))}: one running sum, whatever the cohort"
-    return f"{bytes_text(4.0 * largest * d)} at most: every update of a cohort ({largest:,} x {d:,} x 4 bytes)"
+    rows = arm.channel.rows(largest)
+    what, count = ("every update", largest) if rows is None else ("the mean of every group", rows)
+    return f"{bytes_text(4.0 * count * d)} at most: {what} of a cohort ({count:,} x {d:,} x 4 bytes)"
 
 
-def measured_bytes(arm: Arm, d: int) -> tuple[float, float, bool]:
-    """Plays the channel's protocol once with rows of zeros and counts, as a round would.
+def measured_bytes(arm: Arm, d: int, clients: int = 2) -> tuple[float, float, bool]:
+    """Plays the channel's protocol with rows of zeros and counts, as a round would.
+
+    A long row is sent by few clients, and a short one by as many as a round has: what a client sends grows with the
+    row, and for keys and shares with the number of clients.
 
     Args:
       arm: without problems.
       d: trained values.
+      clients: in a round.
 
     Returns:
       Bytes up and down (the model included) a client and round, and whether they were measured at full width.
     """
     whole = d + 1 if arm.plan is not None and arm.plan.adaptive else d  # a share of the count travels with the row
     width = min(whole, LARGEST_MEASURED)
+    least = max(2, arm.wire.least_clients)
+    many = max(least, min(clients, MOST_MEASURED))
+    up, down = _played_bytes(arm, width, least)
+    if many > least:
+        narrow = min(width, max(NARROW, arm.channel.protected[-1][1] if isinstance(arm.channel, Selective) else 0))
+        few, all_of_them = _played_bytes(arm, narrow, least), _played_bytes(arm, narrow, many)
+        up, down = up + all_of_them[0] - few[0], down + all_of_them[1] - few[1]
+    scale = whole / width
+    return scale * up, scale * down + 4 * d, width == whole
+
+
+def _played_bytes(arm: Arm, width: int, clients: int) -> tuple[float, float]:
+    """Bytes up and down a client of one round of rows `(width,)`."""
     generator = Seeds(0).generator
 
     def sealed(asked: Sequence[int]) -> dict[int, Encoded]:
@@ -181,12 +204,11 @@ def measured_bytes(arm: Arm, d: int) -> tuple[float, float, bool]:
             for k, client in enumerate(asked)
         }
 
-    cohort = range(MEASURED_CLIENTS)
-    traffic = Traffic(Local(MEASURED_CLIENTS).open(arm.channel, sealed, Cast(0, cohort)))
-    with suppress(RoundFailed):  # two clients may be too few for the key holder; they have answered by then
-        arm.channel.collect(cohort, Intake(arm.codecs, width, Reveals.SUM), traffic).total()
-    scale = whole / width
-    return scale * traffic.up_per_client, scale * traffic.down_per_client + 4 * d, width == whole
+    cohort, channel = range(clients), arm.wire
+    traffic = Traffic(Local(clients).open(channel, sealed, Cast(0, cohort)))
+    with suppress(RoundFailed):  # a floor above what is measured here; rows have been sent by then
+        channel.collect(cohort, Intake(arm.codecs, width, Reveals.SUM), traffic).total()
+    return traffic.up_per_client, traffic.down_per_client
 
 
 def _who_sees_what(outline: Outline) -> Iterator[tuple[str, str]]:
@@ -290,7 +312,12 @@ def sample(kind: type) -> Any:
     Raises:
       InvalidArgument: a required field has no sample.
     """
-    required = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
+    free = ("approximate",)  # exact sums have room for few clients
+    required = [
+        item.name
+        for item in fields(kind)
+        if item.name in free or (item.default is MISSING and item.default_factory is MISSING)
+    ]
     unknown = [name for name in required if name not in SAMPLES]
     if unknown:
         raise InvalidArgument(f"{kind.__name__} needs {', '.join(unknown)}: add a value to SAMPLES in {__name__}")

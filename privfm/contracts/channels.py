@@ -121,6 +121,11 @@ class Channel(ABC):
         return None
 
     @property
+    def least_clients(self) -> int:
+        """Fewest clients with whose rows a round can finish."""
+        return int(getattr(self, "smallest_release", 1))
+
+    @property
     def most_clients(self) -> int | None:
         """Most clients whose rows a sum has head-room for; None: no such bound."""
         return None

@@ -89,6 +89,12 @@ def _channel(arm: Arm, d: int, population: int) -> Iterator[Finding]:
         f"the server is to add the noise, and over {way} it never sees the sum",
         "place='key_holder' or place='distributed'",
     )
+    expected = round(arm.sampling.expected(population))
+    yield (
+        expected < channel.least_clients,
+        f"{way} opens nothing of fewer than {channel.least_clients} clients, {arm.sampling} draws about {expected}",
+        f"a cohort of at least {channel.least_clients}",
+    )
     clear, place = channel.unprotected(d), "" if arm.plan is None else arm.plan.place
     yield (
         0 < clear < 1 and place in ("key_holder", "distributed"),
@@ -108,7 +114,7 @@ def _channel(arm: Arm, d: int, population: int) -> Iterator[Finding]:
             f"{name} shows the key holder of {way} {rows} references, it grants {channel.limits.max_references}",
             "raise max_references knowingly: each reference measures every client's row",
         )
-        size = rule.effective_size(round(arm.sampling.expected(population)))
+        size = rule.effective_size(expected)
         yield (
             size is not None and size < channel.limits.smallest_release,
             f"{name} releases a sum of effectively {size} clients, {way} at least {channel.limits.smallest_release}",
@@ -333,8 +339,9 @@ def _sum(arm: Arm, plan: DPPlan, d: int, population: int) -> Iterator[Finding]:
     similarity = arm.codecs.similarity
     largest = arm.channel.largest_coordinate
     length = arm.codecs.norm_bound(bound, d) / similarity if similarity else inf  # on the wire
+    whole = arm.codecs.largest_whole  # of a codec that refuses by itself what is longer
     yield (
-        largest is not None and length > largest,
+        largest is not None and length > largest and (whole is None or whole > largest),
         f"a clipped update may have a coordinate of {length:g}, {way} refuses beyond {largest}",
         "a channel bound of at least the clip: whether a client refuses would depend on its data",
     )

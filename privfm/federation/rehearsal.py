@@ -128,6 +128,7 @@ def in_child(work: Callable[..., Result], *arguments: Any) -> Result:
 
 
 _LIBRARIES = (
+    "cryptography.hazmat.backends.openssl.backend",
     "cryptography.hazmat.primitives.asymmetric.ed25519",
     "cryptography.hazmat.primitives.asymmetric.x25519",
     "cryptography.hazmat.primitives.ciphers.aead",

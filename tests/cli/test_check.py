@@ -132,9 +132,9 @@ def test_long_rows_are_scaled_up() -> None:
 def test_encrypted_bytes_come_from_the_protocol_even_where_two_clients_are_too_few() -> None:
     few = CKKS(bound=1.0, clients=50, smallest_release=10)
     up, down, exact = measured_bytes(Arm(cohort=FixedSize(20), channel=few, transforms=(Clip(1.0),)), 3000)
-    slots = few.parameters.slots
+    numbers = few.parameters.numbers
     assert exact
-    assert up > -(-3000 // slots) * slots * 8  # two ring elements of more than 32 bits a slot
+    assert up > -(-3000 // numbers) * numbers * 8  # two ring elements of more than 32 bits a number
     assert down > 4 * 3000  # keys come on top of the model
 
 

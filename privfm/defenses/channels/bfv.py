@@ -150,6 +150,15 @@ class BFV(Channel):
         """The ring, with its proof of head-room and of correct decryption."""
         return BFVParameters.smallest(self.clients, self.bits)
 
+    def facts(self, d: int, n: int) -> Mapping[str, str]:
+        ring = self.parameters
+        return {
+            "ring": f"n={ring.degree}, primes of {'+'.join(map(str, ring.chain))} bits, t={ring.plain_modulus} "
+            "(128-bit security, classical, HES 2018)",
+            "levels of a value": f"{ring.levels}; head-room proved for {self.clients} clients, sums are exact",
+            "bytes of a row": f"about {ring.bytes_a_parameter * d:,.0f}",
+        }
+
     @property
     def learns(self) -> Mapping[str, str]:
         server = "ciphertexts, who took part"

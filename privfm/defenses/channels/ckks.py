@@ -63,9 +63,9 @@ class CKKS(Channel):
 
     | exact_grid | release   | what is released                        | why it is safe               | bytes a number |
     |------------|-----------|-----------------------------------------|------------------------------|----------------|
-    | True       | either    | the sum of whole steps, exactly         | it depends on the rows alone | 15 to 17       |
+    | True       | either    | the sum of whole steps, exactly         | it depends on the rows alone | 13 to 16       |
     | False      | "clients" | the sum within `error`, clients alone   | the server does not see it   | 8.3            |
-    | False      | "public"  | the sum within `error`, flooded         | see `flooding_deviation`     | 17 to 21       |
+    | False      | "public"  | the sum within `error`, flooded         | see `flooding_deviation`     | 16             |
 
     - The grid: values are cut to whole steps of `bound / 2^bits`, towards zero (no row gets longer, so a plan's
       sensitivity stands), and the key holder rounds what it decrypts to whole steps, far from any noise. Runs repeat,
@@ -82,10 +82,10 @@ class CKKS(Channel):
     Who sees what: see `learns`. Assumed: server and key holder follow the protocol and do not collude. A client that
     picks its own encryption randomness is outside of these arguments. The key holder takes the server's word for how
     many clients are in the sum (`smallest_release`), checked by the *canary*: each client appends the value 1, so the
-    sum must end in n. It finds a wrong key, a wrapped sum and a server that announces another number of clients than
-    it added, not one that encrypts ones of its own. Messages are authenticated, the key holder's keys by its
-    signature (see `envelope`). What a malicious client encrypts is checked by nobody: `bound` binds those who
-    follow the protocol.
+    sum must end in n. It finds a wrong key, a sum of more clients than fit, and a server that announces another
+    number of clients than it added; not one that encrypts ones of its own. Messages are authenticated, the key
+    holder's keys by its signature (see `envelope`). What a malicious client encrypts is checked by nobody, but for
+    the range of the sum: `bound` binds those who follow the protocol.
 
     | event                                          | result                                            |
     |------------------------------------------------|---------------------------------------------------|
@@ -116,8 +116,8 @@ class CKKS(Channel):
       release: who sees the sum: "public", or "clients" alone.
       exact_grid: whether sums are exact.
       error: without a grid, largest absolute error of a coordinate of the mean over `clients` rows, relative to
-        `bound`. The default takes the cheapest ring there is, for up to 450 clients; fewer have a
-        smaller error, see `cost`.
+        `bound`. The default takes the cheapest ring there is (for sums that are public, the cheapest that can be
+        flooded); the error that it really has is smaller, see `cost`.
 
     Source: Cheon, Kim, Kim, Song, "Homomorphic encryption for arithmetic of approximate numbers", 2017; TenSEAL.
     """

@@ -1,8 +1,10 @@
 """What a CKKS sum does with the encryption library: keys, ciphertexts of one part of a vector, a running sum of them.
 
-Two numbers travel in each slot, as real and imaginary part: sums keep them apart, and a vector takes half the
-ciphertexts, time and bytes. tenseal's own vectors hold real slots only, so this goes through its bindings of SEAL
-(`tenseal.sealapi`). Those write to and read from files by name; a file in memory serves.
+Numbers travel in the coefficients of the polynomial that is encrypted, n of them in a ring of degree n. CKKS usually
+puts them in n/2 *slots*, its values at roots of unity, so that ciphertexts multiply place by place. Sums do not need
+that, and coefficients take half the ciphertexts, time and bytes, with an error sqrt(n/2) times smaller. tenseal's own
+vectors are of slots, so this goes through its bindings of SEAL (`tenseal.sealapi`). Those write to and read from files
+by name; a file in memory serves.
 
 Whatever arrives is compared with something of our own before it is used: SEAL refuses what is no ciphertext of its
 ring, and we what has another size, level, form or scale.
@@ -15,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from tempfile import NamedTemporaryFile
-from typing import Any, final
+from typing import Any, NoReturn, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,8 @@ from privfm.checks import Corrupt, ParameterMismatch
 from privfm.defenses.channels.ckks_parameters import CKKSParameters
 
 Values = NDArray[np.float64]
+
+_HEADERS = 1024  # bytes beside the numbers of a ciphertext; SEAL and zstd take 100 to 200
 
 
 def new_keys(parameters: CKKSParameters) -> tuple[bytes, bytes]:
@@ -75,13 +79,16 @@ class Ring:
         self._evaluator = seal.Evaluator(self._seal)
         self._encryptor = context.encryptor().data
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a parsed key may hold the secret one: it is not pickled; send the public bytes")
+
     def encrypted(self, values: Values) -> Any:
         """At most `numbers` values between -1 and 1 -> a ciphertext; the rest of it is zeros."""
         import tenseal.sealapi as seal
 
         plaintext, ciphertext = seal.Plaintext(), seal.Ciphertext()
-        pairs = np.pad(values, (0, len(values) % 2)).view(np.complex128)
-        self._encoder.encode(pairs.tolist(), self.parameters.scale, plaintext)
+        slots = slots_of(np.pad(values, (0, self.parameters.degree - len(values))))
+        self._encoder.encode(slots.tolist(), self.parameters.scale, plaintext)
         self._encryptor.encrypt(plaintext, ciphertext)
         return ciphertext
 
@@ -93,12 +100,15 @@ class Ring:
         """A ciphertext from its bytes.
 
         Raises:
-          Corrupt: it is none of this ring.
+          Corrupt: it is none of this ring, or longer than any.
           ParameterMismatch: its size, level, form or scale differ from those of `like`. One at a lower level would
             silently pull a sum down to it.
         """
         import tenseal.sealapi as seal
 
+        most = 16 * self.parameters.degree * len(self.parameters.data_primes) + _HEADERS
+        if len(part) > most:
+            raise Corrupt(f"a part of {len(part)} bytes, expected at most {most}")
         ciphertext = seal.Ciphertext()
         with _memory_file() as (path, descriptor):
             os.write(descriptor, part)
@@ -116,7 +126,32 @@ class Ring:
 
         plaintext = seal.Plaintext()
         seal.Decryptor(self._seal, self._context.secret_key().data).decrypt(ciphertext, plaintext)
-        return np.array(self._encoder.decode_complex(plaintext), np.complex128).view(np.float64)
+        return coefficients_of(np.array(self._encoder.decode_complex(plaintext)))
+
+
+def slots_of(coefficients: Values) -> NDArray[np.complex128]:
+    """A polynomial `(n,)` -> its values `(n/2,)` at the roots of unity, in SEAL's order."""
+    turns, places = _roots(len(coefficients))
+    found: NDArray[np.complex128] = (len(coefficients) * np.fft.ifft(coefficients * turns))[places]
+    return found
+
+
+def coefficients_of(slots: NDArray[np.complex128]) -> Values:
+    """Values `(n/2,)` in SEAL's order -> the polynomial `(n,)`; its values at the other roots are their conjugates."""
+    degree = 2 * len(slots)
+    turns, places = _roots(degree)
+    values = np.empty(degree, np.complex128)
+    values[places], values[degree - 1 - places] = slots, slots.conj()
+    found: Values = (np.fft.fft(values) / degree * turns.conj()).real
+    return found
+
+
+@lru_cache(maxsize=3)
+def _roots(degree: int) -> tuple[NDArray[np.complex128], NDArray[np.int64]]:
+    """Powers 0 to n-1 of the root z = exp(pi sqrt(-1) / n), and for each slot i the j with z^(2j+1) = z^(3^i)."""
+    turns = np.exp(1j * np.pi / degree * np.arange(degree))
+    exponents = np.array([pow(3, slot, 2 * degree) for slot in range(degree // 2)])
+    return turns, (exponents - 1) // 2
 
 
 @lru_cache(maxsize=2)

@@ -52,8 +52,9 @@ class CKKSCost:
         """In words, for whoever reads before a run; head-room for `clients`."""
         ring = self.parameters
         return {
-            "ring": f"n={ring.degree}, primes of {'+'.join(map(str, ring.chain))} bits, scale 2^{log2(ring.scale):.0f}: "
-            f"{sum(ring.chain)} of {LARGEST_MODULUS[ring.degree]} bits for 128-bit classical security (HES 2018)",
+            "ring": f"n={ring.degree}, primes of {'+'.join(map(str, ring.chain))} bits: {sum(ring.chain)} of the "
+            f"{LARGEST_MODULUS[ring.degree]} that 128-bit security allows (classical, HES 2018), "
+            f"scale 2^{log2(ring.scale):.0f}",
             "head-room": f"proved for {clients} clients, whatever they encode",
             "error": f"of the mean: at most {self.largest_error:.1e}, deviation {self.deviation:.1e}",
             "a client sends": f"{self.message_bytes:,} bytes, {self.bytes_a_number:.1f} a value",

@@ -3,7 +3,7 @@
     CKKSParameters.smallest(clients, bits)                                     sums that are exact on a grid
     CKKSParameters.cheapest(clients, error, depth=0, release="clients")        sums within an error
     CKKSParameters.cheapest(clients, error, depth=0, release="public")         the same, and room for flooding
-    CKKSParameters.cheapest(clients, error, depth=1, release="clients")        one product of ciphertexts (Gram)
+    CKKSParameters.cheapest(clients, error, depth=1, release="clients")        sums, or one product of ciphertexts
 
 The bound B of a coordinate is not asked for: rows are divided by it before they are encoded, so everything here is
 relative to it.
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
-from math import ceil, log, log2, prod, sqrt
+from math import ceil, hypot, log, log2, prod, sqrt
 from typing import Literal, final
 
 from privfm.checks import InvalidArgument, at_least, one_of, positive, require
@@ -33,9 +33,8 @@ SPECIAL_PRIME = 20
 """Bits of the prime that only keys carry. A fresh ciphertext is made under all primes and divided by this one, which
 leaves rounding as its only noise once the prime is far above the noise of the public key (8 bits)."""
 
-MARGIN = 64.0
-"""Half a step of the grid, in standard deviations of the noise of a full sum. The noise of a number has the tails of
-a Laplace distribution (see `noise_deviation`), so this fails with probability e^-90."""
+MARGIN = 32.0
+"""Half a step of the grid, in standard deviations of the noise of a full sum: never exceeded (probability e^-512)."""
 
 LARGEST_SUM = 44
 """Bits of a sum in steps. Encoding and decoding run in double precision (53 bits), with a few bits lost to the FFT."""
@@ -47,14 +46,15 @@ STATISTICAL_BITS = 40
 """Of flooding: an adversary's advantage from what decryptions show is at most about 2^-40."""
 
 _FAILURE = 2.0**-20  # probability with which one of LARGEST_WIDTH numbers may exceed the largest error
-_ROUNDING = 2.0**-51  # of a number between -1 and 1, encoded and decoded in double precision; measured 2^-51.8
+_ROUNDING = 2.0**-50  # of numbers of absolute value 1, encoded and decoded in double precision; measured 2^-50.9
+_DECODING = 2.0**-51  # the part of it which comes after the noise of encryption; measured 2^-51.4
 _LONGEST_NOISE = 2.0  # L2 norm of a ciphertext's noise over its expectation; see `flooding_deviation`
 _PRIME_BITS = range(30, 61)  # SEAL stops at 60; from 30 on the largest prime lies within 1/256 below its power of two
 _PRIME_GAP = 1 / 256
-_LARGEST_SLOT = sqrt(2)  # absolute value of a slot, both of whose parts are at most 1
 _OWN = 2  # encryptions of zero: the server's and the key holder's, to which the clients' are added
 _WHOLE_BYTES = (32, 40, 48, 56, 60)  # a coefficient takes whole bytes on the wire, and a prime at most 60 bits
-_PRODUCT_CHAINS = (((60, 40, 40), 60, 40), ((60, 50, 50), 58, 50))  # data primes, special prime, log2 of the scale
+_PRODUCT_CHAINS = {1: (((60, 60), 60, 50),), 2: (((60, 40, 40), 60, 40), ((60, 50, 50), 58, 50))}
+"""By depth: data primes, special prime, log2 of the scale."""
 
 
 @final
@@ -62,23 +62,22 @@ _PRODUCT_CHAINS = (((60, 40, 40), 60, 40), ((60, 50, 50), 58, 50))  # data prime
 class CKKSParameters:
     """A ring in which a sum of rows neither wraps nor drowns.
 
-    A coordinate, divided by its bound, is a value v in [-1, 1]; it is encoded as v times `scale`, for sums as the real
-    or the imaginary part of a slot. Where sums must be exact it is a whole number of *steps* of 2^-bits.
+    A coordinate, divided by its bound, is a value v in [-1, 1]; it is encoded as v times `scale`, in a coefficient of
+    the polynomial that is encrypted. Where sums must be exact it is a whole number of *steps* of 2^-bits.
 
-    - Head-room: a coefficient of the sum is at most sqrt(2) * clients * scale < q / 2 for every input, q being the
-      product of the data primes: it is a mean of slots, each turned by an angle, of absolute value sqrt(2) at most.
-      (A vector of the signs of these angles' cosines and sines attains 4 / pi in place of sqrt(2).)
+    - Head-room: a coefficient of the sum is at most clients * scale < q / 2, for every input (rows at the bound attain
+      it), q being the product of the data primes.
     - Resolution, with a grid: rounding after decryption gives the whole numbers back, as noise reaches half a step
       only at `MARGIN` standard deviations.
 
     Attributes:
-      degree: n of the ring; n/2 numbers fit one ciphertext.
+      degree: n of the ring; n numbers fit one ciphertext.
       data_primes: bits of the primes under which ciphertexts travel.
       scale: of the encoding.
       clients: most clients in a sum.
       bits: of resolution of an exact grid; 0: there is none.
       special_prime: bits of the prime that only keys carry.
-      depth: products of two ciphertexts, each after at most one product with a plaintext. A depth uses up two primes.
+      depth: products one after the other that ciphertexts stand, with ciphertexts or plaintexts; each uses up a prime.
 
     Raises:
       InvalidArgument: under 128 bits of security, no head-room, or no resolution.
@@ -103,8 +102,8 @@ class CKKSParameters:
         )
         allowed = all(bits in _PRIME_BITS for bits in self.data_primes)
         require(allowed, f"data_primes={self.data_primes}: expected {_PRIME_BITS.start} to {_PRIME_BITS.stop - 1} bits")
-        spent = self.depth in {0, 1} and len(self.data_primes) > 2 * self.depth
-        require(spent, f"depth={self.depth}: expected 0 or 1, and two primes for it beside the first")
+        spent = 0 <= self.depth < len(self.data_primes)
+        require(spent, f"depth={self.depth}: expected a prime for each product, beside the first")
         require(
             self.scale <= highest_scale(self.degree, self.data_primes, self.clients),
             f"data_primes={self.data_primes} leave no head-room: a sum of clients={self.clients} at scale="
@@ -138,21 +137,21 @@ class CKKSParameters:
     def cheapest(cls, clients: int, error: float, *, depth: int = 0, release: Release = "clients") -> CKKSParameters:
         """The parameters that cost the fewest bytes for sums within an error.
 
-        | depth | release | error | degree, data primes + special prime           | bytes a number |
-        |-------|---------|-------|-----------------------------------------------|----------------|
-        | 0     | clients | 1e-4  | 2048, [32] + 20, for up to 450 clients        | 8.3            |
-        | 0     | public  | 1e-4  | 4096, [32, 40] + 20; 2048 has no room         | 21             |
-        | 1     | clients | 1e-4  | 8192, [60, 40, 40] + 60, scale 2^40           | 81             |
+        | depth | release | error | degree, data primes + special prime              | bytes a number |
+        |-------|---------|-------|--------------------------------------------------|----------------|
+        | 0     | clients | 1e-5  | 2048, [32] + 20, for up to 450 clients           | 8.3            |
+        | 0     | public  | 1e-4  | 4096, [60] + 20; 2048 has no room: refused       | 16             |
+        | 1     | clients | 1e-5  | 8192, [60, 60] + 60, scale 2^50                  | 32             |
+        | 2     | clients | 1e-5  | 8192, [60, 40, 40] + 60, scale 2^40              | 41             |
 
         Sums have no primes to spend, so that their scale takes all the room which the head-room leaves. A chain for
-        products that is used for sums (60, 50, 50 + 58 at scale 2^50) costs four times the bytes and needs
-        flooding 600 times as large.
+        products that is used for sums costs more bytes and needs larger flooding.
 
         Args:
           clients: most clients in a sum.
           error: largest absolute error of a coordinate of the sum, relative to `clients * bound`: of the mean over a
             full cohort, relative to `bound`. Met by all of `LARGEST_WIDTH` numbers but with probability 2^-20.
-          depth: see the class. 1: the first prime leaves a product 19 bits above one squared bound (9 with "public").
+          depth: see the class; 0 for sums. What a sum loses is what the error is about, not what a product loses.
           release: "public" leaves room for flooding, see `flooding_deviation`.
 
         Raises:
@@ -161,8 +160,8 @@ class CKKSParameters:
         _check(clients, 0)
         positive("error", error)
         one_of("release", release, ("public", "clients"))
-        require(depth in {0, 1}, f"depth={depth!r}: expected 0 (sums) or 1 (one product of ciphertexts)")
-        for found in _products(clients) if depth else _sums(clients):
+        require(depth in {0, *_PRODUCT_CHAINS}, f"depth={depth!r}: expected 0 (sums) to {max(_PRODUCT_CHAINS)}")
+        for found in _products(clients, depth) if depth else _sums(clients):
             if found.largest_error(release) <= error:
                 return found
         best = found.largest_error(release)
@@ -177,27 +176,22 @@ class CKKSParameters:
         return (*self.data_primes, self.special_prime)
 
     @property
-    def slots(self) -> int:
-        """Complex slots of one ciphertext."""
-        return self.degree // 2
-
-    @property
     def numbers(self) -> int:
-        """Numbers in one ciphertext: two a slot in sums, one where ciphertexts are multiplied."""
-        return self.slots if self.depth else 2 * self.slots
+        """Numbers in one ciphertext: one a coefficient."""
+        return self.degree
 
     @property
     def bytes_a_number(self) -> int:
-        """Of a ciphertext: two polynomials, whole bytes for each coefficient and prime.
+        """Of a ciphertext: two polynomials, whole bytes for each prime.
 
         Compression saves nothing but the empty bytes; a header and its bookkeeping add up to 5 %.
         """
-        return 2 * self.degree * sum(ceil(bits / 8) for bits in self.data_primes) // self.numbers
+        return 2 * sum(ceil(bits / 8) for bits in self.data_primes)
 
     def sum_deviation(self, ciphertexts: int | None = None) -> float:
         """Standard deviation of one number in a decrypted sum, in units of the bound; None: of a full sum."""
         added = self.clients + _OWN if ciphertexts is None else ciphertexts + _OWN
-        return noise_deviation(self.degree, added) / self.scale + _ROUNDING * self.clients
+        return hypot(noise_deviation(self.degree, added) / self.scale, _ROUNDING * self.clients)
 
     def flooding_deviation(self, released: int, ciphertexts: int | None = None) -> float:
         """Deviation of the noise that a released sum needs, in units of the bound.
@@ -212,7 +206,8 @@ class CKKSParameters:
         security, c computational and s statistical bits (Li, Micciancio, Schultz, Sorrell, "Securing approximate
         homomorphic encryption using differential privacy", 2022, from memory; OpenFHE floods by the same
         formula, with the deviation of one coefficient in place of the norm). What is assumed: that t is at most twice
-        its expectation, from which it strays by a few per cent (measured), and that clients encrypt honestly.
+        its expectation, from which it strays by a few per cent (measured), and that clients encrypt honestly. Double
+        precision is part of t, as its rounding may depend on the error too.
 
         It is no privacy noise: it never counts towards epsilon.
 
@@ -221,45 +216,40 @@ class CKKSParameters:
           ciphertexts: how many were added up in each; None: a full sum.
         """
         at_least("released", released, 1)
-        norm = _LONGEST_NOISE * sqrt(self.numbers) * self.sum_deviation(ciphertexts)
+        added = (self.clients if ciphertexts is None else ciphertexts) + _OWN
+        noise = hypot(noise_deviation(self.degree, added) / self.scale, _DECODING * self.clients)
+        norm = _LONGEST_NOISE * sqrt(self.numbers) * noise
         return 2.0 ** (STATISTICAL_BITS // 2) * sqrt(12 * released) * norm
 
     def encoding_error(self, width: int) -> float:
         """Largest L2 distance between a row of width `width` and what is encrypted of it, in units of the bound.
 
-        Rounding moves each coefficient by half a unit at most; n coefficients of L2 norm x give n/2 numbers of norm
-        x sqrt(n / 2) at most. Double precision adds its own, for this row's part in a full sum too.
+        Rounding moves each coefficient by half a unit at most. Double precision adds its own, for this row's part in a
+        full sum too.
         """
-        coefficients = self.degree / 2 / sqrt(2) / self.scale
-        return sqrt(ceil(width / self.numbers)) * coefficients + 4 * sqrt(width) * self.clients * _ROUNDING
+        padded = ceil(width / self.numbers) * self.numbers
+        return sqrt(padded) * (0.5 / self.scale + 4 * self.clients * _ROUNDING)
 
     def largest_error(self, release: Release = "clients", width: int = LARGEST_WIDTH) -> float:
         """Of a coordinate of a full sum, relative to `clients * bound`; exceeded with probability 2^-20.
 
-        Noise of encryption has Laplace tails, P(|x| > k deviations) = e^(-k sqrt 2); flooding is Gaussian.
+        The noise of encryption is a sum of thousands of small terms, and flooding is Gaussian: both have its tails.
         """
-        exponent = log(width / _FAILURE)
-        largest = exponent / sqrt(2) * self.sum_deviation()
+        deviation = self.sum_deviation()
         if release == "public":
-            released = ceil(width / self.numbers) + 1
-            largest += sqrt(2 * (exponent + log(2))) * self.flooding_deviation(released)
-        return largest / self.clients
+            deviation = hypot(deviation, self.flooding_deviation(ceil(width / self.numbers) + 1))
+        return sqrt(2 * log(2 * width / _FAILURE)) * deviation / self.clients
 
 
 def noise_deviation(degree: int, ciphertexts: int) -> float:
     """Standard deviation of one number in a sum of fresh ciphertexts, at scale 1.
 
     Rounding adds an error of variance 1/12 to each coefficient of c0, of c1 (multiplied by the secret, whose n
-    coefficients have variance 2/3) and of the plaintext; a number is a sum of n coefficients times the cosines, or
-    sines, of n angles, whose squares add up to n/2.
-
-    Over many keys a number is Laplace distributed: it is nearly Gaussian with the variance |s(z)|^2, for the root z
-    of its slot, and |s(z)|^2 is nearly exponential.
+    coefficients have variance 2/3) and of the plaintext.
 
     Source: derived from `Encryptor::encrypt_zero_internal` of SEAL 4; measured within 2 % for each degree.
     """
-    coefficient = (2 + degree * 2 / 3) / 12
-    return sqrt(ciphertexts * degree / 2 * coefficient)
+    return sqrt(ciphertexts * (2 + degree * 2 / 3) / 12)
 
 
 def lowest_scale(degree: int, clients: int, bits: int) -> float:
@@ -270,16 +260,16 @@ def lowest_scale(degree: int, clients: int, bits: int) -> float:
 def highest_scale(degree: int, data_primes: tuple[int, ...], clients: int) -> float:
     """The scale at which every sum, and its noise, still stays below half the product of the primes."""
     half = prod(2.0**bits * (1 - _PRIME_GAP) for bits in data_primes) / 2
-    return (half - MARGIN * noise_deviation(degree, clients + _OWN)) / (_LARGEST_SLOT * clients)
+    return (half - MARGIN * noise_deviation(degree, clients + _OWN)) / clients
 
 
 def data_bits(scale: float, clients: int) -> int:
-    """Bits of the data primes for which every sum of two numbers a slot stays below half their product."""
-    return ceil(log2(2 * _LARGEST_SLOT * clients * scale / (1 - 2 * _PRIME_GAP)))
+    """Bits of the data primes for which `clients * scale` stays below half their product."""
+    return ceil(log2(2 * clients * scale / (1 - 2 * _PRIME_GAP)))
 
 
 def _sums(clients: int) -> Iterator[CKKSParameters]:
-    """Rings for sums, by bytes, the more precise first; each at the highest scale that it has head-room for."""
+    """Rings for sums, by bytes, then fewer primes, then the error; each at the highest scale it has head-room for."""
     found = [
         CKKSParameters(degree, primes, highest_scale(degree, primes, clients), clients)
         for degree, limit in LARGEST_MODULUS.items()
@@ -287,13 +277,13 @@ def _sums(clients: int) -> Iterator[CKKSParameters]:
         for primes in combinations_with_replacement(_WHOLE_BYTES, count)
         if sum(primes) + SPECIAL_PRIME <= limit
     ]
-    return iter(sorted(found, key=lambda ring: (ring.bytes_a_number, ring.largest_error())))
+    return iter(sorted(found, key=lambda ring: (ring.bytes_a_number, len(ring.data_primes), ring.largest_error())))
 
 
-def _products(clients: int) -> Iterator[CKKSParameters]:
-    """Rings in which ciphertexts can be multiplied once."""
-    for primes, special, exponent in _PRODUCT_CHAINS:
-        yield CKKSParameters(8192, primes, 2.0**exponent, clients, special_prime=special, depth=1)
+def _products(clients: int, depth: int) -> Iterator[CKKSParameters]:
+    """Rings in which ciphertexts can be multiplied."""
+    for primes, special, exponent in _PRODUCT_CHAINS[depth]:
+        yield CKKSParameters(8192, primes, 2.0**exponent, clients, special_prime=special, depth=depth)
 
 
 def _check(clients: int, bits: int) -> None:

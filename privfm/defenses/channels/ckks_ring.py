@@ -22,8 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile
 from typing import Any, Final, final
 
 import numpy as np
@@ -49,6 +48,9 @@ NOISE: Final = 22.0
 
 Encryption divides by the special prime and rounds: uniform errors in c0, and in c1 times the secret, whose N
 coefficients have variance 2/3, give `sqrt((2 + 2 N / 3) / 12)` = 21.3. Encoding in double precision adds 2 to 3."""
+
+BYTES: Final = 262_300
+"""Of one fresh ciphertext, about; 60-bit numbers do not compress."""
 
 _MOST_BYTES = 2 * 2 * DEGREE * 8 + 1024  # of one ciphertext: two polynomials, two primes, 8 bytes a number
 _SIGNS = 2 * DEGREE - 1  # the Galois element of X -> 1/X
@@ -131,15 +133,14 @@ class PublicRing:
         self.seal = self._context.seal_context().data
         self.encoder = seal.CKKSEncoder(self.seal)
         self.encryptor = seal.Encryptor(self.seal, self._context.public_key().data)
-        self._zero = self.zero(None)
+        self._level = _fresh_level(self.seal)
 
-    def encode(self, values: Array, scale: float = SCALE, like: Any = None) -> Any:
-        """Up to N numbers as a plaintext, at the level of the ciphertext `like`; rounded to steps of `1 / scale`."""
+    def encode(self, values: Array, scale: float = SCALE) -> Any:
+        """Up to N numbers as a plaintext, rounded to steps of `1 / scale`."""
         import tenseal.sealapi as seal
 
         plain = seal.Plaintext()
-        level = (self._zero if like is None else like).parms_id()
-        self.encoder.encode(_slots(values).tolist(), level, scale, plain)
+        self.encoder.encode(_slots(values).tolist(), self._level, scale, plain)
         return plain
 
     def encrypt(self, values: Array) -> bytes:
@@ -173,9 +174,8 @@ class PublicRing:
 
         if len(part) > _MOST_BYTES:
             raise Corrupt(f"a ciphertext of {len(part)} bytes, expected at most {_MOST_BYTES}")
-        found, own = _loaded(seal.Ciphertext(), self.seal, part), self._zero
-        shape, expected = ((c.size(), c.parms_id(), c.scale, c.is_ntt_form()) for c in (found, own))
-        if shape != expected:
+        found = _loaded(seal.Ciphertext(), self.seal, part)
+        if (found.size(), found.parms_id(), found.scale) != (2, self._level, SCALE):
             raise ParameterMismatch(f"a ciphertext of size {found.size()}, scale {found.scale:.4g}: not a fresh one")
         if found.is_transparent():
             raise Corrupt("a ciphertext that hides nothing")
@@ -268,10 +268,9 @@ class ServerRing(PublicRing):
         self.evaluator.rescale_to_next_inplace(product)
         # c1 is a function of what was multiplied, which a holder of the secret key could solve for.
         self.evaluator.add_inplace(product, self.zero(product))
-        at, prime = product.dyn_array().at, _first_prime(self.seal)
-        words = np.fromiter(map(at, range(2 * DEGREE)), np.uint64, 2 * DEGREE)
-        mean = sum(words[:DEGREE].tolist()) * pow(DEGREE, -1, prime)  # of a(X) at the roots: its constant coefficient
-        return SecretProduct(mean % prime, words[DEGREE:])
+        mask = np.fromiter(map(product.dyn_array().at, range(DEGREE, 2 * DEGREE)), np.uint64, DEGREE)
+        self.evaluator.transform_from_ntt_inplace(product)  # to coefficients
+        return SecretProduct(product.dyn_array().at(0), mask)
 
     def serialized(self, ciphertext: Any) -> bytes:
         """A ciphertext as bytes."""
@@ -366,26 +365,30 @@ def _coefficients(slots: NDArray[np.complex128]) -> Array:
 
 def _saved(thing: Any) -> bytes:
     """SEAL writes to paths only. Nothing secret passes here."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "seal"
-        thing.save(str(path))
-        return path.read_bytes()
+    with NamedTemporaryFile() as file:
+        thing.save(file.name)
+        return file.read()
 
 
 def _loaded(thing: Any, context: Any, content: bytes) -> Any:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "seal"
-        path.write_bytes(content)
+    with NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
         try:
-            thing.load(context, str(path))
+            thing.load(context, file.name)
         except (ValueError, RuntimeError) as error:
             raise Corrupt(f"{len(content)} bytes that are no {type(thing).__name__} of this ring") from error
     return thing
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
+def public_ring(public: bytes) -> PublicRing:
+    """One for all clients of a process: to make it takes longer than to encrypt with it."""
+    return PublicRing(public)
+
+
 def _context(content: bytes) -> Any:
-    """Parsed once for all clients of a process.
+    """Parses keys.
 
     Raises:
       Corrupt: it holds no keys.

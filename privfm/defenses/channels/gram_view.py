@@ -73,7 +73,7 @@ class GramView(View):
         self._matrix: tuple[Tensor, Tensor] | None = None  # references, and the matrix with them
 
     def total(self) -> Tensor:
-        if self._held is None:
+        if self._held is None or not self.n:
             return torch.zeros(self.d)
         return self._intake.total(torch.from_numpy(self._opened(self._held, np.ones(self.n))))
 
@@ -109,7 +109,7 @@ class GramView(View):
 
     def _measured(self, references: Tensor, seed: int) -> list[bytes]:
         """The stages "signs" and "weights" -> the parts of the key holder's answer."""
-        if self._held is None:
+        if self._held is None or not self.n:
             raise TooFewClients("nobody answered: there is nothing to measure")
         channel, held, width = self._channel, self._held, self._intake.width
         scale, plain = self._on_wire(references)

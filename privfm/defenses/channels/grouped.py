@@ -115,6 +115,10 @@ class Grouped(Channel):
         return self.channel.integers
 
     @property
+    def least_clients(self) -> int:
+        return self.size
+
+    @property
     def most_summed(self) -> int | None:
         return self.channel.most_clients
 

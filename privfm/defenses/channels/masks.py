@@ -172,6 +172,9 @@ class PairwiseMasks(Channel):
     def grid(self) -> float | None:
         return 1.0
 
+    def facts(self, d: int, n: int) -> Mapping[str, str]:
+        return {"masks": self.graph(max(2, min(n, self.clients))).statement}
+
     @property
     def learns(self) -> Mapping[str, str]:
         server = "does whatever it likes" if self.active else "follows the protocol"

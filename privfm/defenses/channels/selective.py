@@ -116,6 +116,10 @@ class Selective(Channel):
         return self.channel.server_learns_sum
 
     @property
+    def least_clients(self) -> int:
+        return self.channel.least_clients
+
+    @property
     def most_clients(self) -> int | None:
         return self.channel.most_clients
 
@@ -207,8 +211,8 @@ class Selective(Channel):
         largest = self.largest_coordinate
         return (
             bool(finite(row[None]))
-            and (largest is None or bool((row.abs() <= largest).all()))
-            and (not self.integers or bool((row == row.round()).all()))
+            and (largest is None or float(row.abs().max() if len(row) else 0) <= largest)
+            and (not self.integers or torch.equal(row, row.round()))
         )
 
     def _require_columns(self, intake: Intake, mask: Tensor) -> None:
@@ -240,13 +244,20 @@ class Selective(Channel):
     def _fingerprint(self) -> bytes:
         return fingerprint(repr(self.channel).encode() + self._edges.astype("<i8").tobytes())
 
+    @cached_property
+    def _masks(self) -> dict[int, Tensor]:
+        return {}
+
     def _mask(self, width: int) -> Tensor:
-        """Which of `width` columns are protected, `(width,)` bool."""
-        edges = self._edges.clip(max=width)
-        marks = np.zeros(width + 1, np.int8)
-        marks[edges[:, 0]] += 1
-        marks[edges[:, 1]] -= 1
-        return torch.from_numpy(np.cumsum(marks[:width], dtype=np.int8) > 0)
+        """Which of `width` columns are protected, `(width,)` bool; the last one is kept, as a round has one width."""
+        if width not in self._masks:
+            edges = self._edges.clip(max=width)
+            marks = np.zeros(width + 1, np.int8)
+            marks[edges[:, 0]] += 1
+            marks[edges[:, 1]] -= 1
+            self._masks.clear()
+            self._masks[width] = torch.from_numpy(np.cumsum(marks[:width], dtype=np.int8) > 0)
+        return self._masks[width]
 
 
 @final
@@ -341,11 +352,11 @@ class PartlyClearView(View):
 
     @property
     def clear(self) -> Tensor | None:  # type: ignore[override]  # an attribute of View
-        found = torch.full((self.n, self.d), torch.nan)
+        found = torch.empty(self.n, self.d)
         for place, party in enumerate(self.ids):
             row = torch.zeros(len(self._mask), dtype=torch.float64)
             if party in self._clear:
                 row[~self._mask] = torch.from_numpy(self._clear[party].astype(np.float64))
             decoded = self._intake.codecs.decode(Encoded(row[None], {}), self.d)[0]
-            found[place, ~self._mask] = decoded[~self._mask].float()
+            found[place] = torch.where(self._mask, torch.nan, decoded.float())
         return found

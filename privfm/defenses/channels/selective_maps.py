@@ -64,7 +64,7 @@ def by_sensitivity(scores: Tensor, share: float) -> Ranges:
     require(scores.dim() == 1 and len(scores) > 0, f"scores have shape {tuple(scores.shape)}: expected (d,), d >= 1")
     require(bool(scores.isfinite().all()), "scores must be finite")
     own = scores.detach().cpu().double()
-    count = min(ceil(share * len(own) - 1e-9), len(own))  # 0.1 * 30 is a little more than 3
+    count = min(ceil(share * len(own) - 1e-9), len(own))  # 0.07 * 100 is a little more than 7
     least = own.kthvalue(len(own) - count + 1).values
     chosen, equal = own > least, own == least
     left = count - int(chosen.sum())

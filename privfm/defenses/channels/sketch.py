@@ -20,8 +20,8 @@ structure have `sqrt(2 / N)` = 1.6 %. Expected values of a maximum over n^2 pair
 The G maps are what makes it hold: shifts and signs alone leave a pure tone in its two dimensions (a deviation of
 100 %), as random signs without permutations leave a single place in its one (141 %).
 
-None of it holds for a draw that is known before rows are sent: the sketch is a linear map to N numbers, and almost any
-direction in its kernel has any length and sketch 0.
+None of it holds for a draw that is known before rows are sent: the sketch is a linear map to N numbers, and a row in
+its kernel has any length and no sketch at all.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def test_a_client_that_obeys_no_bound_fails_the_round(channel, wire, gaussian, i
 
 
 @each_form
-@pytest.mark.parametrize("largest", [3.5, float("inf")])
+@pytest.mark.parametrize("largest", [3.5, 1e30])
 def test_a_sum_beyond_the_bound_of_its_clients_fails_the_round(channel, largest, wire, gaussian, intake):
     """The canary is right, a coordinate is not: this is what the key holder looks at."""
     values = np.array([largest, 0.0, 3.0])
@@ -199,7 +199,7 @@ def test_the_server_receives_nothing_that_decrypts(channel, wire, gaussian, inta
     ring = public_ring(public, channel.parameters)
     assert not ring._context.has_secret_key()
     part = roster.opened(line.replies("update")[3], 3)[1][0]
-    with pytest.raises(ValueError, match="secret_key"):
+    with pytest.raises(ValueError, match="hold a Secret key"):
         ring.decrypted(ring.read(part, ring.encrypted(np.zeros(1))))
     with pytest.raises(ValueError, match="doesn't support decryption"):
         ring._context.decryptor()

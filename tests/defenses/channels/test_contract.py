@@ -10,19 +10,20 @@ from torch import Generator, Tensor
 from privfm.checks import InvalidArgument, NotRevealed, TooFewClients
 from privfm.contracts import KEY_HOLDER, SERVER, Channel, Encoded, Reveals, State, Transform
 from privfm.defenses import channels
-from privfm.defenses.channels import BFV, CKKS, PairwiseMasks, Plaintext, Selective
+from privfm.defenses.channels import BFV, CKKS, PairwiseMasks, Plaintext, RLWEPad, Selective
 from privfm.defenses.transforms import Chain, FixedPoint
 
+BITS = 20
+CODEC = FixedPoint(bound=1.0, bits=BITS)
 CHANNELS: dict[str, Channel] = {
     "BFV": BFV(clients=8, bits=20),
     "CKKS": CKKS(bound=1.0, clients=8),
     "PairwiseMasks": PairwiseMasks(clients=8),
     "Plaintext": Plaintext(),
+    "RLWEPad": RLWEPad(8, BITS, PairwiseMasks(8, modulus_bits=16), smallest_release=3, approximate=True),
     "Selective": Selective(CKKS(bound=1.0, clients=8), ((1, 3),)),
 }
 ROWS_ARE_GROUPS = {"Grouped"}  # its rows are no clients': see its own tests
-BITS = 20
-CODEC = FixedPoint(bound=1.0, bits=BITS)
 
 each_channel = pytest.mark.parametrize("channel", CHANNELS.values(), ids=CHANNELS.keys())
 

@@ -16,7 +16,7 @@ from torch import Generator
 from privfm.checks import BrokenEnvelope, InvalidArgument, NotRevealed, RoundFailed, TooFewClients
 from privfm.contracts import SERVER, Cast, Channel, Encoded, Exchange, MatrixView, Reveals
 from privfm.defenses import TrimmedMean
-from privfm.defenses.channels import CKKS, PairwiseMasks, Plaintext
+from privfm.defenses.channels import CKKS, PairwiseMasks, Plaintext, RLWEPad
 from privfm.defenses.channels.envelope import Header, Link
 from privfm.defenses.channels.grouped import Grouped, partition
 from privfm.defenses.channels.selective import Selective
@@ -201,6 +201,15 @@ def test_a_rule_of_coordinates_over_masks_leaves_the_spoilt_group_out(wire, gaus
     assert float((plain - found[0]).norm()) > 0.25  # negative control: the mean moves by 0.9 sqrt(30) / 15
 
 
+def test_the_keys_of_a_pad_are_summed_group_by_group(wire, gaussian, intake):
+    """Each client takes part in one sum of keys only. Pad and codec may err by a step of 2^-16 each."""
+    codec, rows = Chain((FixedPoint(bound=1.0, bits=16),)), gaussian(12, 20)
+    coded = {party: codec.encode(row[None], {}, [Generator().manual_seed(party)])[0] for party, row in rows.items()}
+    pad = RLWEPad(8, 16, PairwiseMasks(8, modulus_bits=16), smallest_release=3, approximate=True)
+    view = Grouped(pad, 4).collect(list(rows), intake(20, EACH, codec), wire(Grouped(pad, 4), coded))
+    assert float((view.rows - means(rows, slow_partition(rows, 3, 0))).abs().max()) <= 2 * 2.0**-16
+
+
 @pytest.mark.parametrize("needs", [Reveals.SUM, EACH])
 def test_the_clip_of_a_plan_holds_for_every_mean(needs, wire, intake):
     rows = {i: torch.tensor([3.0, 4.0]) if i % 2 else torch.tensor([0.3, 0.4]) for i in range(4)}
@@ -374,8 +383,9 @@ def test_a_group_may_stop_listening(wire, gaussian, intake):
     channel = Grouped(Adding(patience=2), 4)
     line = Counted(wire(channel, rows))
     view = channel.collect(list(rows), intake(5, EACH), line)
-    assert view.n == 3
     assert [len(asked) for _, asked in line.calls] == [12, 6, 6]
+    torch.testing.assert_close(view.rows, means(rows, [sorted(group)[:2] for group in slow_partition(rows, 3, 0)]))
+    assert (view.n, view.bad) == (3, 0)
 
 
 def test_attackers_act_once_and_after_everybody_else(intake):

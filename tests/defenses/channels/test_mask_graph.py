@@ -127,13 +127,14 @@ def test_under_fifty_everybody_is_a_neighbour(n, corrupt, dropouts):
 def test_what_no_graph_can_do():
     with pytest.raises(InvalidArgument, match="of 10 clients 4 answer, of whom 5"):
         complete(10, 0.5, 0.6)
-    with pytest.raises(InvalidArgument, match="corrupt=0.7"):
+    with pytest.raises(InvalidArgument, match=r"corrupt=0\.7"):
         smallest(100, 0.7, 0.3)
 
 
 def test_many_that_need_everybody():
-    """Half of them corrupt: no sparse ring of 60 does."""
-    assert smallest(60, 0.5, 0.2).complete
+    """36 of 60 corrupt and 23 missing: whoever has two others or more left out may have lost all honest ones."""
+    graph = smallest(60, 0.6, 0.39)
+    assert (graph.complete, graph.threshold, graph.meets_bounds) == (True, 37, True)
 
 
 # Active

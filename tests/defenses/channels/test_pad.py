@@ -15,17 +15,18 @@ from privfm.checks import (
     BrokenEnvelope,
     Corrupt,
     InvalidArgument,
-    ParameterMismatch,
     Replay,
     RoundFailed,
     TooFewClients,
 )
 from privfm.contracts import SERVER, Encoded, Exchange
-from privfm.defenses.channels import pad
+from privfm.defenses.channels import pad, pad_parameters
+from privfm.defenses.channels.envelope import Link
 from privfm.defenses.channels.mask_secrets import numbers_to_bytes, tagged, untagged
 from privfm.defenses.channels.mask_server import MaskedSum
 from privfm.defenses.channels.masks import PairwiseMasks
-from privfm.defenses.channels.pad import CANARIES, RLWEPad, most_bits
+from privfm.defenses.channels.pad import RLWEPad
+from privfm.defenses.channels.pad_parameters import CANARIES, most_bits
 from privfm.defenses.channels.rlwe import DEGREE, FLIPS, MODULUS, product, ternary, uniform
 from privfm.defenses.transforms import FixedPoint
 
@@ -92,16 +93,16 @@ def test_the_largest_sums_do_not_wrap(clients, signs, approximate, wire, intake)
     rows = dict.fromkeys(range(clients), sign * 2.0**channel.bits)
     worst = np.resize((sign.numpy() * FLIPS).astype(np.int8), 2 + CANARIES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pad, "centred_binomial", lambda length: worst[:length])
+        patch.setattr(pad_parameters, "centred_binomial", lambda length: worst[:length])
         total = total_of(channel, rows, wire, intake)
-    exact = (sum(rows.values()) + sign * channel.error_bound(clients)).float()
+    exact = (sum(rows.values()) + sign * channel.parameters.error_bound(clients)).float()
     assert torch.equal(total, exact)
-    assert channel.error_bound(clients) == (FLIPS * clients if approximate else 0)
+    assert channel.parameters.error_bound(clients) == (FLIPS * clients if approximate else 0)
 
 
 def test_errors_beyond_the_bound_are_noticed(wire, intake, monkeypatch):
     """Negative control: one more than an error can be, from every client."""
-    monkeypatch.setattr(pad, "centred_binomial", lambda length: np.full(length, FLIPS + 1, np.int8))
+    monkeypatch.setattr(pad_parameters, "centred_binomial", lambda length: np.full(length, FLIPS + 1, np.int8))
     with pytest.raises(RoundFailed, match="what is left is no sum of 4 rows"):
         total_of(CHANNEL, whole_rows(4, 5, 12), wire, intake)
 
@@ -116,14 +117,14 @@ def test_the_error_of_an_approximate_sum_is_as_stated(bits, clients, wire, intak
     """Rows of zeros: what is released is the error. Rounding adds up to 1/12 to its variance."""
     channel, d = pad_for(clients, approximate=True, bits=bits), 50_000
     errors = total_of(channel, dict.fromkeys(range(clients), torch.zeros(d).double()), wire, intake).double()
-    assert float(errors.abs().max()) <= channel.error_bound(clients)
-    rounding = 1 / 12 if channel.factor > 1 else 0.0
+    assert float(errors.abs().max()) <= channel.parameters.error_bound(clients)
+    rounding = 1 / 12 if channel.parameters.factor > 1 else 0.0
 
     def agrees(deviation):
         ratio = float(errors.square().mean()) / (deviation**2 + rounding)
         return abs(ratio - 1) < 5.4 * sqrt(2 / d)
 
-    stated = channel.deviation(clients)
+    stated = channel.parameters.deviation(clients)
     assert agrees(stated)
     assert not agrees(stated / 2)
     assert not agrees(stated * 2)
@@ -132,7 +133,7 @@ def test_the_error_of_an_approximate_sum_is_as_stated(bits, clients, wire, intak
 def test_a_coarse_approximate_sum_is_exact(wire, intake):
     channel = pad_for(8, approximate=True, bits=5)
     rows = whole_rows(8, 40, 5)
-    assert (channel.error_bound(8), channel.deviation(8)) == (0, 0.0)
+    assert (channel.parameters.error_bound(8), channel.parameters.deviation(8)) == (0, 0.0)
     assert torch.equal(total_of(channel, rows, wire, intake), sum(rows.values()))
 
 
@@ -164,22 +165,32 @@ def test_four_bytes_a_parameter(wire, intake):
 def test_head_room_is_proved(clients, approximate):
     bits = most_bits(clients, approximate=approximate)
     channel = pad_for(clients, approximate=approximate, bits=bits, neighbours=4)
-    assert clients * (channel.factor * 2**bits + FLIPS) <= (MODULUS - 1) // 2
+    assert clients * (channel.parameters.factor * 2**bits + FLIPS) <= (MODULUS - 1) // 2
     if not approximate:
-        assert channel.factor >= 2 * FLIPS * clients + 1  # rounding removes what is under half of it
-        assert channel.error_bound(clients) == 0
+        assert channel.parameters.factor >= 2 * FLIPS * clients + 1  # rounding removes what is under half of it
+        assert channel.parameters.error_bound(clients) == 0
     with pytest.raises(InvalidArgument, match=f"have room for {bits}; lower bits"):
         replace(channel, bits=bits + 1)
 
 
 def test_levels_and_errors_by_hand():
     """K=10: (2^31/2/10 - 21) / 421 = 255,042 levels a side, of which 2^17 are used; approximately, 2^26."""
-    exact, about = pad_for(10), pad_for(10, approximate=True)
+    channels = pad_for(10), pad_for(10, approximate=True)
+    exact, about = (channel.parameters for channel in channels)
     assert (exact.bits, exact.levels, exact.factor, exact.error_bound(10)) == (17, 262_145, 819, 0)
     assert (about.bits, about.factor, about.error_bound(10)) == (26, 1, 210)
     assert about.deviation(10) == pytest.approx(sqrt(105))
-    assert exact.grid == 1.0
-    assert about.grid is None
+    assert [channel.grid for channel in channels] == [1.0, None]
+    assert [channel.error_bound(100, 10) for channel in channels] == [0.0, 2100.0]
+
+
+def test_what_is_printed_before_a_run():
+    exact, about = (pad_for(10, approximate=approximate).facts(1000, 10) for approximate in (False, True))
+    assert exact["levels of a value"] == "262145; head-room proved for 10 clients"
+    assert exact["sum"] == "exact"
+    assert about["sum"] == "error at most 210, deviation 10.2, in steps of the codec"
+    assert exact["bytes of a row"].startswith("4032,")
+    assert "no reduction proved; estimate 177 bits (classical) with 2 honest clients" in exact["security"]
 
 
 # Drop-outs and limits
@@ -395,22 +406,31 @@ def test_messages_of_another_round_or_client_are_left_out(wire, intake, roster):
 
 
 class Twice(Exchange):
-    """Delivers some messages of one client twice."""
+    """Delivers some messages of one client twice; one of the copies may have been changed on the way."""
 
-    def __init__(self, below, stage, party):
+    def __init__(self, below, stage, party, first=bytes, second=bytes):
         self.below, self.stage, self.party, self.server = below, stage, party, below.server
+        self.first, self.second = first, second
 
     def __call__(self, stage, requests):
         for party, reply in self.below(stage, requests):
-            yield party, reply
-            if (stage, party) == (self.stage, self.party):
-                yield party, reply
+            twice = (stage, party) == (self.stage, self.party)
+            yield party, self.first(reply) if twice else reply
+            if twice:
+                yield party, self.second(reply)
+
+
+def cut_off(reply):
+    return reply[:-1]
 
 
 @pytest.mark.parametrize("stage", ["keys", "masked"])
-def test_a_second_delivery_is_not_added(stage, wire, intake):
+@pytest.mark.parametrize(
+    "copies", [(bytes, bytes), (cut_off, bytes), (bytes, cut_off)], ids=["same", "first", "second"]
+)
+def test_of_two_deliveries_the_sound_one_counts_once(stage, copies, wire, intake):
     rows = whole_rows(4, 50, 12)
-    view = CHANNEL.collect(list(rows), intake(50), Twice(wire(CHANNEL, rows), stage, 6))
+    view = CHANNEL.collect(list(rows), intake(50), Twice(wire(CHANNEL, rows), stage, 6, *copies))
     assert (view.ids, view.bad) == ((3, 6, 9, 12), 1)
     assert torch.equal(view.total(), sum(rows.values()).float())
 
@@ -423,7 +443,7 @@ def test_a_row_out_of_range_ends_the_round(wire, intake, roster):
         if party != 6 or header.scheme != "pad":
             return reply
         words = np.frombuffer(parts[1], "<u4").astype(np.int64)
-        words[0] += (CHANNEL.factor << CHANNEL.bits) * 5
+        words[0] += (CHANNEL.parameters.factor << CHANNEL.bits) * 5
         return roster.sealed(header, [parts[0], (words % MODULUS).astype("<u4").tobytes()], 6)
 
     rows = {i: torch.zeros(5).double() for i in (3, 6, 9)}
@@ -452,6 +472,47 @@ def test_a_key_sum_beyond_the_clients_is_noticed(wire, intake, monkeypatch):
         total_of(CHANNEL, whole_rows(4, 5, 12), wire, intake)
 
 
+def padded_sum(parameters, keys, numbers):
+    """Rows under pads, added up as the server does, and the sum of their keys."""
+    rows = [np.frombuffer(parameters.padded(numbers, key, b"seed"), "<u4") for key in keys]
+    return sum(row.astype(np.uint64) for row in rows), sum(key.astype(np.int64) for key in keys)
+
+
+@pytest.mark.parametrize("approximate", [False, True])
+def test_a_sum_of_fewer_rows_than_said_is_noticed(approximate):
+    """Its canaries count."""
+    parameters = pad_for(8, approximate=approximate).parameters
+    padded, key = padded_sum(parameters, [ternary(DEGREE) for _ in range(3)], np.array([5, -7]))
+    error = np.abs(parameters.opened(padded, key, b"seed", 3) - [15, -21])
+    assert error.max() <= parameters.error_bound(3)
+    for n in (2, 4):
+        with pytest.raises(RoundFailed, match=f"no sum of {n} rows"):
+            parameters.opened(padded, key, b"seed", n)
+
+
+@pytest.mark.parametrize("size", [2, 5000])
+def test_a_key_sum_beyond_its_clients_is_noticed(size):
+    """Although it fits the row: one client's key was not ternary."""
+    parameters = pad_for(8).parameters
+    padded, key = padded_sum(parameters, [np.ones(DEGREE, np.int8)] * 2, np.array([5, -7]))
+    wrong = key + np.eye(1, DEGREE, dtype=np.int64)[0] * size
+    fitting = (padded.astype(np.int64) + size * uniform(b"seed", len(padded)).astype(np.int64)) % MODULUS
+    with pytest.raises(RoundFailed, match="no sum of 2 rows"):
+        parameters.opened(fitting.astype(np.uint64), wrong, b"seed", 2)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_remainder_beyond_the_errors_is_noticed(sign, monkeypatch):
+    """In an exact sum every number is a canary: 21 n is an error, one more is none."""
+    parameters = pad_for(8).parameters
+    monkeypatch.setattr(pad_parameters, "centred_binomial", lambda length: np.full(length, sign * FLIPS, np.int8))
+    padded, key = padded_sum(parameters, [ternary(DEGREE) for _ in range(3)], np.array([5, -7]))
+    assert parameters.opened(padded, key, b"seed", 3).tolist() == [15, -21]
+    padded[0] += np.uint64(MODULUS + sign)
+    with pytest.raises(RoundFailed, match="no sum of 3 rows"):
+        parameters.opened(padded, key, b"seed", 3)
+
+
 # What a server may try
 
 
@@ -477,7 +538,7 @@ def refuses(kind, reason, roster, memory, request, update, stage="masked"):
 
 def test_a_server_cannot_choose_the_transcript(wire, intake, roster):
     memory, request, update = client_before("masked", wire, intake)
-    header, (asked, transcript) = roster.opened(request, SERVER, 6)
+    _, (asked, transcript) = roster.opened(request, SERVER, 6)
     marks = untagged(transcript, 16)
     assert CHANNEL.answer(roster.party(6), "masked", memory, request, update)[1]  # the honest request passes
     others = {party: mark for party, mark in marks.items() if party != 6}
@@ -495,13 +556,11 @@ def test_a_server_cannot_choose_the_transcript(wire, intake, roster):
 
 
 def test_a_server_cannot_send_polynomials(wire, intake, roster):
-    """Not a = 0, nor any other: there is no field for them, and a third part is refused."""
+    """Not a = 0, nor any other: no message has a place for them, and one part more is refused."""
     memory, request, update = client_before("masked", wire, intake)
-    header, (asked, transcript) = roster.opened(request, SERVER, 6)
-    sealed = roster.sealed(header, [asked, transcript, bytes(4 * DEGREE)], SERVER, 6)
-    refuses(ParameterMismatch, "parts=3", roster, memory, sealed, update) if header.key == bytes(16) else refuses(
-        BrokenEnvelope, "", roster, memory, sealed, update
-    )
+    header, parts = roster.opened(request, SERVER, 6)
+    sealed = roster.sealed(header, [*parts, bytes(4 * DEGREE)], SERVER, 6)
+    refuses(BrokenEnvelope, "masked message with", roster, memory, sealed, update)
 
 
 def test_other_transcripts_rounds_and_parameters_have_unrelated_polynomials():
@@ -529,7 +588,7 @@ def test_a_foreign_request_is_refused(change, wire, intake, roster):
 def test_a_broken_request_is_refused(wire, intake, roster):
     memory, request, update = client_before("masked", wire, intake)
     for broken in (b"", request[:-1], request[:-40] + bytes([request[-40] ^ 1]) + request[-39:]):
-        refuses(Corrupt, "", roster, memory, broken, update)
+        refuses(Corrupt, "cut off", roster, memory, broken, update)
     with pytest.raises(Replay):
         CHANNEL.answer(roster.party(6, 1), "masked", memory, request, update)
 
@@ -545,7 +604,7 @@ def test_a_second_key_sum_without_one_client_is_refused(left_out, wire, intake, 
     """The keys of U and of U without i would give s_i: whoever has answered once answers no more."""
     memory, request, update = client_before("unmask", wire, intake)
     after, _ = CHANNEL.answer(roster.party(6), "unmask", memory, request, update)
-    header, parts = roster.opened(request, SERVER, 6)
+    header, _ = roster.opened(request, SERVER, 6)
     fewer = [numbers_to_bytes(i for i in (3, 6, 9, 12) if i != left_out), numbers_to_bytes([left_out])]
     second = roster.sealed(replace(header, clients=3), fewer, SERVER, 6)
     for asked in (second, request):
@@ -554,10 +613,20 @@ def test_a_second_key_sum_without_one_client_is_refused(left_out, wire, intake, 
 
 
 def test_what_a_second_key_sum_would_show(wire, intake, monkeypatch):
-    """Negative control: with a client's key its row opens; so do two key sums that differ by it."""
+    """Negative control: the sums of all keys and of all but one differ by the key that opens a row."""
     line, keys = recorded_round(wire, intake, monkeypatch)
-    opened = opened_with(keys[6] + keys[3] - keys[3], 6, line)
-    assert np.array_equal(opened, line.rows[6].numpy())
+    both = sum(keys.values()), keys[3] + keys[9] + keys[12]
+    assert np.array_equal(opened_with(both[0] - both[1], 6, line), line.rows[6].numpy())
+
+
+def test_clients_keep_the_floor_by_themselves(wire, intake, roster):
+    channel = CHANNEL.with_floor(4)
+    memory, request, update = client_before("unmask", wire, intake, channel)
+    header, _ = roster.opened(request, SERVER, 6)
+    lists = [numbers_to_bytes((3, 6, 9)), numbers_to_bytes([12])]
+    asked = roster.sealed(replace(header, clients=3), lists, SERVER, 6)
+    with pytest.raises(TooFewClients, match="smallest_release=4"):
+        channel.answer(roster.party(6), "unmask", memory, asked, update)
 
 
 # What the server sees
@@ -575,15 +644,12 @@ def recorded_round(wire, intake, monkeypatch, d=4000):
     rows = whole_rows(4, d, CHANNEL.bits)
     line = wire(CHANNEL, rows)
     CHANNEL.collect(list(rows), intake(d), line).total()
-    return line, {party: key.astype(np.int64) for party, key in zip(rows, drawn, strict=True)}
+    return line, {party: key.astype(np.int64) for party, key in zip(line.replies("masked"), drawn, strict=True)}
 
 
 def words_of(party, line):
     """The padded row, and the residues of its polynomials: all of that the server has."""
-    from privfm.defenses.channels.envelope import Link
-
-    server = line.server
-    _, parts = Link(server, party).open(line.replies("masked")[party])
+    _, parts = Link(line.server, party).open(line.replies("masked")[party])
     request = next(content for stage, number, content in line.sent if (stage, number) == ("masked", party))
     transcript = transcript_of(request)
     words = np.frombuffer(parts[1], "<u4").astype(np.int64)
@@ -599,7 +665,7 @@ def opened_with(key, party, line):
     words, polynomials = words_of(party, line)
     left = (words - product(polynomials, key).reshape(-1)[: len(words)]) % MODULUS
     left = np.where(left > MODULUS // 2, left - MODULUS, left)
-    return np.rint(left / CHANNEL.factor)[:-CANARIES]
+    return np.rint(left / CHANNEL.parameters.factor)[:-CANARIES]
 
 
 def test_a_padded_row_does_not_open_without_its_key(wire, intake, monkeypatch):
@@ -637,13 +703,13 @@ def test_rows_without_a_pad_would_stick_out():
 
 def test_secrets_stay_where_they_are(wire, intake, monkeypatch):
     errors = []
-    right = pad.centred_binomial
+    right = pad_parameters.centred_binomial
 
     def drawn(length):
         errors.append(right(length))
         return errors[-1]
 
-    monkeypatch.setattr(pad, "centred_binomial", drawn)
+    monkeypatch.setattr(pad_parameters, "centred_binomial", drawn)
     line, keys = recorded_round(wire, intake, monkeypatch, d=500)
     places = [content for _, _, content in line.sent + line.received]
     places += [value for memory in line.memories.values() for value in memory.values()]
@@ -666,7 +732,7 @@ def test_a_client_forgets_its_key_before_it_answers(wire, intake, roster, monkey
 
 
 def test_every_row_has_a_key_of_its_own(wire, intake, monkeypatch):
-    line, keys = recorded_round(wire, intake, monkeypatch, d=10)
-    again, others = recorded_round(wire, intake, monkeypatch, d=10)
+    _, keys = recorded_round(wire, intake, monkeypatch, d=10)
+    _, others = recorded_round(wire, intake, monkeypatch, d=10)
     drawn = {key.tobytes() for key in [*keys.values(), *others.values()]}
     assert len(drawn) == 8

@@ -11,7 +11,7 @@ from torch import Generator
 from torch.nn.functional import cross_entropy
 
 from privfm.checks import BrokenEnvelope, InvalidArgument, RoundFailed, TooFewClients
-from privfm.contracts import KEY_HOLDER, SERVER, Channel, Encoded, Reveals, Transform
+from privfm.contracts import KEY_HOLDER, SERVER, Channel, Encoded, Exchange, Reveals, Transform
 from privfm.defenses.channels import BFV, CKKS, PairwiseMasks, Plaintext
 from privfm.defenses.channels.envelope import Header, Link
 from privfm.defenses.channels.selective import Selective
@@ -145,18 +145,18 @@ def test_the_view_shows_what_the_server_read_of_each(wire, gaussian, intake):
         assert torch.equal(row[IN_CLEAR], rows[party][IN_CLEAR])
 
 
-def test_what_is_protected_is_in_no_message_but_the_inner_channels(wire, intake, roster):
-    """Searched for as bytes; what is in the clear is found, so that the search can find."""
-    rows = {i: torch.linspace(i + 0.1, i + 0.9, 9) for i in range(3)}
-    channel = Selective(PairwiseMasks(clients=3), PROTECTED)
-    codec = Chain((FixedPoint(bound=4.0, bits=24),))
-    sent = {party: codec.encode(row[None], {}, [Generator().manual_seed(0)])[0] for party, row in rows.items()}
+def test_what_is_protected_is_in_no_message_but_the_inner_channels(wire, intake):
+    """Searched for as bytes, of 44 bits each; what is in the clear is found, so that the search can find."""
+    rows = torch.rand(3, 9, dtype=torch.float64, generator=Generator().manual_seed(0))
+    channel = Selective(PairwiseMasks(clients=3, modulus_bits=50), PROTECTED)
+    codec = Chain((FixedPoint(bound=1.0, bits=44),))
+    sent = {party: codec.encode(row[None], {}, [Generator().manual_seed(0)])[0] for party, row in enumerate(rows)}
     line = wire(channel, sent)
-    channel.collect(list(rows), intake(9, codecs=codec), line).total()
+    channel.collect([0, 1, 2], intake(9, codecs=codec), line).total()
     said = b"".join(content for _, _, content in (*line.sent, *line.received))
-    for party in rows:
-        for column, value in enumerate(sent[party].rows[0].long().tolist()):
-            assert (value.to_bytes(4, "little") in said) == (column in IN_CLEAR)
+    for encoded in sent.values():
+        found = [value.to_bytes(6, "little") in said for value in encoded.rows[0].long().tolist()]
+        assert found == [column in IN_CLEAR for column in range(9)]
 
 
 @pytest.mark.parametrize(
@@ -318,6 +318,25 @@ def test_second_answers_and_strangers_count_as_in_the_inner_channel(stage, wire,
         assert torch.equal(found[0].total(), found[1].total())
 
 
+def test_a_second_clear_part_does_not_take_the_firsts_place(wire, gaussian, intake, roster):
+    rows = gaussian(4, 9)
+
+    class Doubling(Exchange):
+        def __init__(self, below):
+            self.below, self.server = below, below.server
+
+        def __call__(self, stage, requests):
+            for party, reply in self.below(stage, requests):
+                yield party, reply
+                if (party, stage) == (6, "update"):
+                    head, (inner, clear) = roster.opened(reply, 6)
+                    yield party, roster.sealed(head, [inner, bytes(len(clear))], 6)
+
+    view = TOY.collect(list(rows), intake(9), Doubling(wire(TOY, rows)))
+    assert (view.ids, view.bad) == ((3, 6, 9, 12), 1)
+    torch.testing.assert_close(view.total(), sum(rows.values()), rtol=1e-6, atol=1e-6)
+
+
 def tampered(rows, wire, intake, how):
     """A round in which client 6's update is `how(inner, clear)` -> the message."""
 
@@ -445,6 +464,8 @@ def test_it_says_what_it_leaves_open():
     assert channel.learns.keys() == {"server", "key holder", "clients", "trust"}
     assert "every client's values in all but the protected columns" in channel.learns["server"]
     assert not channel.noises
+    assert channel.grid is None  # of what is in the clear: float32
+    assert Selective(BFV(clients=8, bits=16), PROTECTED).grid == 1.0
     with pytest.raises(InvalidArgument):
         channel.with_noise(1.0, 1.0)
     assert channel.facts(9, 8)["protected"] == "3 of 9 values, in 2 ranges"
@@ -519,6 +540,12 @@ def test_columns_by_sensitivity_are_the_highest_and_the_first_of_equals(scores, 
     slow = sorted(range(len(scores)), key=lambda column: (-scores[column], column))
     count = next(k for k in range(1, len(scores) + 1) if k >= share * len(scores) - 1e-9)
     assert columns == sorted(slow[:count])
+
+
+def test_a_share_that_binary_numbers_miss_is_not_rounded_up():
+    """0.07 * 100 is a little more than 7 in floating point; a third of 10 is more than 3 indeed."""
+    assert by_sensitivity(torch.arange(100.0), 0.07) == ((93, 100),)
+    assert by_sensitivity(torch.arange(10.0), 1 / 3) == ((6, 10),)
 
 
 def test_ranges_are_disjoint_and_as_long_as_can_be():
