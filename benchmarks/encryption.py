@@ -18,6 +18,9 @@ process, one after the other: keys, envelopes, codes and canaries are in its num
 | relative error   | L2 norm of the error over that of the mean                                       | theirs / ours |
 | memory           | bytes the process grew by in one round, in a forked child that plays everybody   | theirs / ours |
 
+Distances of encrypted rows follow: see `benchmarks.encrypted_distances`.
+
+All parties share a process, so that a public key is parsed once for all clients.
 Seconds are those of the processor, with one thread, medians over interleaved turns. Rows are Gaussian, divided by their
 largest coordinate: B = 1.
 """
@@ -27,28 +30,36 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from statistics import median
 from typing import Any, final
 
 import torch
 from torch import Generator, Tensor
 
+from benchmarks.encrypted_distances import lines as distances
 from benchmarks.encryption_peers import PEERS, Measured
 from benchmarks.timing import growth, line, reason, write
 from privfm.contracts import Channel, Transform
 from privfm.defenses import FixedPoint
 from privfm.defenses.channels.bfv import BFV
 from privfm.defenses.channels.ckks import CKKS
+from privfm.defenses.channels.ckks_gram import CKKSGram
 from privfm.defenses.channels.masks import PairwiseMasks
 from privfm.defenses.channels.pad import RLWEPad, most_bits
 from privfm.defenses.channels.plaintext import Plaintext
 from privfm.defenses.transforms import Chain
 from privfm.engines import Local
-from privfm.federation.phases import Rehearsal
+from privfm.federation.rehearsal import Rehearsal
 
 CLIENTS, WIDTH, TURNS = 10, 1_000_000, 3
 QUICK_WIDTH = 8192
-WARM = 1000  # parameters of the unmeasured round before the others, in which libraries are loaded
+PARTS = ("sums", "distances")
+QUICK_MOST = 20  # clients of any row
+QUICK_CLIENTS = 7  # whose distances are taken; the fewest for Krum with f = 2
+PRODUCTS = 5  # measured without a sketch, of 55; the rest would take minutes
+COHORTS, COHORT_WIDTH = 20, 50_000  # whose choices are compared
+WARM = 1000  # parameters of an unmeasured round before several others, in which libraries are loaded
 BOUND = 1.0
 NO_KEY_HOLDER = "every client holds the key"
 UNITS = {
@@ -87,7 +98,7 @@ class Row:
     def play(self, rows: Tensor) -> Measured:
         """One round."""
         n = self.clients
-        rehearsal = Rehearsal(self.channel(n), repeated(rows, n), self.codec(n))
+        rehearsal = Rehearsal(self.channel(n), rows, self.codec(n), clients=n)
         total, phases = rehearsal.play(Local(1), lambda view: view.total())
         return Measured(
             phases.client_seconds,
@@ -129,6 +140,7 @@ ROWS: Mapping[str, Row] = {
     "PairwiseMasks, 10 neighbours": Row(PairwiseMasks, masked, 11, faster=10.0, limits={"bytes": 4.1}),
     "PairwiseMasks, active": Row(lambda n: PairwiseMasks(n, active=True), masked),
     "PairwiseMasks, many": Row(PairwiseMasks, masked, 100),
+    "CKKSGram": Row(lambda n: CKKSGram(BOUND), limits={"bytes": 82.0}),
     "RLWEPad": Row(pad, lambda n: FixedPoint(BOUND, most_bits(n)), faster=1 / 0.3, limits={"bytes": 4.1}),
 }
 
@@ -137,20 +149,29 @@ def main(arguments: list[str] | None = None) -> None:
     """Prints every line; nothing else goes to standard output."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.encryption", description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"d={QUICK_WIDTH} and one turn, without targets")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="both when left out")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="all when left out")
     parser.add_argument("--turns", type=int, help=f"measured turns; quick: 1, else {TURNS}")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     width, turns = (QUICK_WIDTH, 1) if given.quick else (WIDTH, TURNS)
-    chosen = {name: row if not given.quick else untargeted(row) for name, row in ROWS.items() if name in given.rows}
+    chosen = {name: small(row) if given.quick else row for name, row in ROWS.items() if name in given.rows}
     rows = made_rows(CLIENTS, width)
-    for found in (*memory(rows, chosen), *speed(rows, chosen, given.turns or turns)):
-        write(found)
+    if "sums" in given.parts:
+        # Memory first: what the encryption library keeps does not survive the fork.
+        for found in chain(memory(rows, chosen), speed(rows, chosen, given.turns or turns)):
+            write(found)
+    if "distances" in given.parts:
+        # In the quick form few pairs and products are measured, and their lines say so.
+        few = (rows[:QUICK_CLIENTS], 2, 2, 1, QUICK_WIDTH)
+        for found in distances(*few) if given.quick else distances(rows, None, PRODUCTS, COHORTS, COHORT_WIDTH):
+            write(found)
 
 
-def untargeted(row: Row) -> Row:
-    """Without what is aimed for at the full width alone: a short row is padded, and dwarfed by keys. Errors stay."""
-    return replace(row, faster=None, limits={metric: most for metric, most in row.limits.items() if metric != "bytes"})
+def small(row: Row) -> Row:
+    """With fewer clients, and without what is aimed for at the full width alone: short rows are dwarfed by keys."""
+    kept = {metric: most for metric, most in row.limits.items() if metric != "bytes"}
+    return replace(row, clients=min(row.clients, QUICK_MOST), faster=None, limits=kept)
 
 
 def made_rows(clients: int, width: int) -> Tensor:
@@ -159,14 +180,9 @@ def made_rows(clients: int, width: int) -> Tensor:
     return rows.mul_(BOUND / float(rows.abs().max()))
 
 
-def repeated(rows: Tensor, n: int) -> Tensor:
-    """The first n rows, from the beginning again where there are fewer."""
-    return rows[torch.arange(n) % len(rows)] if n > len(rows) else rows[:n]
-
-
 def exact_mean(rows: Tensor, n: int) -> Tensor:
-    """Of the first n rows, `(d,)` float64."""
-    return sum((repeated(rows, n)[i].double() for i in range(n)), torch.zeros(rows.shape[1], dtype=torch.float64)) / n
+    """What n clients should give, `(d,)` float64."""
+    return Rehearsal(Plaintext(), rows).exact_mean(range(n))
 
 
 def case_name(name: str, clients: int, width: int) -> str:
@@ -203,8 +219,9 @@ def speed(rows: Tensor, chosen: Mapping[str, Row], turns: int) -> Iterator[dict[
         calls[f"ours, {name}"] = lambda row=row: row.play(rows)  # type: ignore[misc]
     for name, peer in PEERS.items():
         calls[name] = lambda peer=peer: peer.play(rows[:CLIENTS])  # type: ignore[misc]
-    for row in chosen.values():
-        row.play(rows[:, :WARM])
+    if turns > 1:
+        for row in chosen.values():
+            row.play(rows[:, :WARM])
     failures: dict[str, str] = {}
     found = interleaved(calls, turns, failures)
     truth = exact_mean(rows, CLIENTS)

@@ -111,7 +111,7 @@ def check(argv: Sequence[str]) -> int:
     for problem in found:
         say(f"problem: {problem.what}\ninstead: {problem.instead}\n")
     for name, text in (*_sizes(outline, measurable=not found), *_who_sees_what(outline)):
-        say(f"{name:<17}{text}")
+        say(f"{name:<16} {text}")
     say(f"\n{_privacy(outline)}")
     say(f"\n{len(found)} problem(s): this must not run" if found else "\nno problems; nothing was trained")
     return REFUSED if found else DONE
@@ -270,14 +270,10 @@ def _key_holder(arm: Arm) -> str:
     own = plan is not None and plan.place == "key_holder"
     noise = ", before it adds the noise" if own else _noised_for_server(plan)
     limits = channel.limits
-    granted = (
-        ""
-        if limits is None
-        else (
-            f"; it grants {limits.max_references} references and sums of effectively {limits.smallest_release:g} clients "
-            "or more"
-        )
-    )
+    granted = ""
+    if limits is not None:
+        size = f"{limits.smallest_release:g}"
+        granted = f"; it grants {limits.max_references} references and sums of effectively {size} clients or more"
     return f"{channel.learns['key holder']}{noise}{granted}"
 
 

@@ -107,7 +107,7 @@ class Arm:
         channel, plan = self.channel.with_rule(self.rule), self.plan
         if plan is not None and plan.place == "key_holder":
             channel = channel.with_noise(plan.noise_multiplier, plan.max_grad_norm)
-        if plan is not None and plan.integers is not None:
+        if plan is not None and plan.integers is not None and channel.rows(1) is None:
             channel = channel.with_floor(plan.integers.least_answers)
         return channel
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import encryption, encryption_peers
+from benchmarks import encrypted_distances, encryption, encryption_peers
 from benchmarks.encryption_peers import Measured
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def test_every_line_has_every_field_in_order(lines):
 def test_every_channel_stands_beside_every_peer_in_every_metric(lines):
     metrics = {*encryption.UNITS, "memory"}
     for name, row in encryption.ROWS.items():
-        case = encryption.case_name(name, row.clients, encryption.QUICK_WIDTH)
+        case = encryption.case_name(name, encryption.small(row).clients, encryption.QUICK_WIDTH)
         for peer in ("NVFlare", "TenSEAL tutorial"):
             found = {line["metric"] for line in lines if (line["case"], line["peer"]) == (case, peer)}
             assert found == metrics
@@ -76,21 +76,14 @@ def test_the_cost_row_has_ten_neighbours():
 
 def test_every_channel_and_peer_gives_the_mean():
     rows = encryption.made_rows(encryption.CLIENTS, 300)
-    played = {name: row.play(rows) for name, row in encryption.ROWS.items()}
+    played = {name: encryption.small(row).play(rows) for name, row in encryption.ROWS.items()}
     played |= {name: peer.play(rows) for name, peer in encryption_peers.PEERS.items()}
     for name, found in played.items():
-        exact = encryption.repeated(rows, found.clients).double().mean(0)
+        exact = encryption.exact_mean(rows, found.clients)
         # BFV's step is 2^-16; its mean over ten is rounded by less than one.
         assert (found.mean - exact).abs().max() < 2.0**-16, name
         assert min(found.client, found.server, found.up) > 0
         assert (found.key_holder > 0) is name.startswith(("CKKS", "BFV"))
-
-
-def test_rows_repeat_where_there_are_fewer_than_clients():
-    rows = torch.tensor([[1.0], [2.0], [4.0]])
-    assert encryption.repeated(rows, 2).tolist() == [[1.0], [2.0]]
-    assert encryption.repeated(rows, 5).flatten().tolist() == [1, 2, 4, 1, 2]
-    assert encryption.exact_mean(rows, 5).tolist() == [2.0]
 
 
 def test_the_path_shares_what_is_done_once():
@@ -139,6 +132,51 @@ def test_a_peer_that_raises_is_printed_with_its_reason():
     assert line["reason"] == "ModuleNotFoundError: No module named 'tenseal'"
     with pytest.raises(ModuleNotFoundError):
         encryption.interleaved({"ours, x": broken}, 1, {})
+
+
+def test_few_distances_are_measured_in_the_quick_form_and_their_lines_say_so(lines):
+    found = {line["peer"]: line for line in lines if line["metric"] == "geometry time"}
+    assert found["TenSEAL, all pairs"]["case"] == "CKKSGram n=7 d=8192, 2 of 21 measured, times the rest"
+    assert found["no sketch"]["case"] == "CKKSGram n=7 d=8192, 2 of 28 measured, times the rest"
+    assert all(line["target"] is None for line in found.values()), "what was not measured is not judged"
+    errors = {line["peer"]: line["theirs"] for line in lines if line["metric"] == "distance error"}
+    assert 0 < errors["TenSEAL, all pairs"] < 1e-4 and errors["no sketch"] < 1e-9
+
+
+def test_clear_choices_are_equal(lines):
+    (line,) = [line for line in lines if line["metric"] == "equal choice"]
+    assert (line["ours"], line["ratio"], line["met"]) == (1.0, 1.0, True)
+
+
+def test_cohorts_with_a_clear_best_row_have_one():
+    cohorts = encrypted_distances.clear_cohorts(7, 100)
+    for rows in (next(cohorts), next(cohorts)):
+        best, second = sorted(slow_krum(rows))[:2]
+        assert 1.1 < second / best < 1.3
+        assert float(rows.abs().max()) <= 1
+
+
+def slow_krum(rows: torch.Tensor) -> list[float]:
+    """Scores of Krum with f = 2, term by term."""
+    found = []
+    for one in rows:
+        away = sorted(float((one - other).double().square().sum()) for other in rows)
+        found.append(sum(away[1 : len(rows) - 2 - 1]))  # the first is its own
+    return found
+
+
+def test_scores_are_krums():
+    rows = torch.randn(8, 40, generator=torch.Generator().manual_seed(2))
+    found = encrypted_distances.scores(rows.double() @ rows.double().T)
+    assert found.tolist() == pytest.approx(slow_krum(rows), rel=1e-5)
+
+
+def test_the_largest_error_of_a_distance_is_relative():
+    rows = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 1.0]])
+    gram = rows.double() @ rows.double().T
+    assert encrypted_distances.largest_error(rows, gram) == pytest.approx(0, abs=1e-12)
+    gram[0, 1] = gram[1, 0] = 1.25  # 25 becomes 22.5
+    assert encrypted_distances.largest_error(rows, gram) == pytest.approx(0.1)
 
 
 def test_an_encrypted_distance_is_the_distance():

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-import subprocess
-import sys
 from collections.abc import Callable
+from operator import mul
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -20,7 +19,7 @@ from privfm.defenses import ClientMomentum, FixedPoint
 from privfm.defenses.channels import CKKS, Plaintext
 from privfm.engines import Local
 from privfm.federation.phases import START
-from privfm.federation.rehearsal import Rehearsal, in_child
+from privfm.federation.rehearsal import Rehearsal, grown, in_child
 from privfm.federation.traffic import Traffic
 
 
@@ -95,13 +94,10 @@ def test_a_child_gives_back_what_it_found_or_raised() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is measured on Linux")
-def test_the_peak_is_counted_from_where_it_was_reset() -> None:
-    command = (
-        "import torch\nfrom privfm.federation.rehearsal import peak_memory, reset_peak\n"
-        "def grown(count):\n    before = reset_peak()\n    torch.ones(count)\n    return peak_memory() - before\n"
-        "print(grown(20_000_000), grown(10))"
-    )
-    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    large, small = map(int, result.stdout.split())
-    assert 75e6 < large < 100e6
-    assert small < 10e6
+def test_growth_is_what_the_work_needed() -> None:
+    found, bytes_grown = in_child(grown, mul, b"x", 80_000_000)
+    assert len(found) == 80_000_000
+    assert bytes_grown is not None and 75e6 < bytes_grown < 100e6
+    found, bytes_grown = in_child(grown, mul, b"x", 10)
+    assert found == 10 * b"x"
+    assert bytes_grown is not None and bytes_grown < 10e6

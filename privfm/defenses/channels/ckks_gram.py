@@ -200,13 +200,11 @@ class CKKSGram(Channel):
         return not self.gram_to_server
 
     def facts(self, d: int, n: int) -> Mapping[str, str]:
+        off = f"off by {usual_deviation():.1%} (one deviation), {largest_deviation(self.groups):.0%} at worst"
         return {
             "bytes a parameter": f"{chunks_of(d + 1) * BYTES / d:.1f} from a client",
             "inner products": f"{n * (n + 1) // 2} of sketches, {8 * (DEGREE + 1) >> 10} KiB each to the key holder",
-            "squared distances": f"off by {usual_deviation():.1%} (one deviation), {largest_deviation(self.groups):.0%} "
-            "at worst"
-            if chunks_of(d + 1) > 1
-            else "exact",
+            "squared distances": off if chunks_of(d + 1) > 1 else "exact",
             "resolution": f"{self.step:.3g} a coordinate",
         }
 

@@ -173,6 +173,9 @@ def whole_weights(weights: Array) -> tuple[NDArray[np.int64], float]:
 
     Each weight is off by half a unit at most: `2^-17` of the weights' L2 norm, or `2^-21` of their sum; twice that, as
     the unit is a power of two.
+
+    >>> whole_weights(np.array([0.2, 0.0, 0.2]))[0].tolist()
+    [1, 0, 1]
     """
     own = np.asarray(weights, np.float64)
     chosen = own[own != 0]

@@ -332,7 +332,7 @@ def test_too_few_clients_fail_the_round(wire, gaussian, intake):
     assert channel.smallest_release == 4
     assert channel.with_floor(2).smallest_release == 4
     rows = gaussian(4, D)
-    with pytest.raises(TooFewClients, match=r"smallest_release=4: 3 client\(s\)"):
+    with pytest.raises(TooFewClients, match=r"smallest_release=4: only 3 client\(s\)"):
         played(channel, rows, wire, intake, lost={"update": {6}})
 
 
