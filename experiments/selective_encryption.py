@@ -63,7 +63,7 @@ from privfm.learning import (
 from privfm.randomness import Seeds
 from privfm.reporting import describe_environment, show
 from privfm.reporting.drawing import Panel, drawing_style
-from privfm.reporting.formats import bytes_text
+from privfm.reporting.formats import bytes_text, small_number
 from privfm.reporting.panels import cost_panel
 from privfm.reporting.summary import wilson
 from privfm.reporting.table import Column, ReportTable, TableRow
@@ -452,16 +452,20 @@ def choice_table(told: Mapping[float, tuple[Count, ...]], sentences: int) -> Rep
 
 
 def figures(findings: Sequence[Finding]) -> dict[str, Panel]:
-    """Sentences found at the first guess, of clients with one example after one step."""
-    first = [finding for finding in findings if finding.examples == finding.steps == 1]
+    """After one step, by the clients' size: sentences found in as many guesses, by the better attack."""
     found = {}
     with drawing_style():
-        for name, title in (("inverted", "Inverting the head: found"), ("matched", "Matching: found at first guess")):
-            amounts = []
-            for finding in first:
-                label = f"{finding.protected} ({100 * finding.unprotected:.0f} % readable)"
-                amounts.append((label, getattr(finding, name)[0].share))
-            found[name] = cost_panel(title, amounts, lambda share: f"{100 * share:.0f} %", log=False)
+        for n in SIZES:
+            own = [finding for finding in findings if finding.examples == n and finding.steps == 1]
+            amounts = [
+                (
+                    f"{finding.protected} ({small_number(100 * finding.unprotected)} % readable)",
+                    max(finding.inverted[0].share, finding.matched[0].share),
+                )
+                for finding in own
+            ]
+            title = f"Found: {n} sentence{'' if n == 1 else 's'} a client"
+            found[f"found-{n}"] = cost_panel(title, amounts, lambda share: f"{100 * share:.0f} %", log=False)
     return found
 
 

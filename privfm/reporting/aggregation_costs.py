@@ -120,7 +120,8 @@ def cells(cost: Cost) -> tuple[str, ...]:
         *(number_cell(value) for value in (cost.client_seconds, cost.server_seconds, cost.key_holder_seconds or None)),
         number_cell(None if cost.up is None else cost.up / cost.parameters),
         bytes_text(cost.down),
-        *(number_cell(value) for value in (cost.largest_error, cost.deviation, cost.noise or None, cost.wrap)),
+        *(number_cell(value) for value in (cost.largest_error, cost.deviation, cost.noise or None)),
+        "under 1e-300" if cost.wrap == 0 else number_cell(cost.wrap),
         bytes_text(cost.memory),
         "-" if cost.neighbours is None else str(cost.neighbours),
     )
@@ -189,12 +190,13 @@ def figures(costs: Sequence[Cost], order: Sequence[str]) -> dict[str, Panel]:
     place = reference(costs)
     if place is None:
         return {}
-    n, d = place
+    d = place[1]
     ready = sorted(of(costs, "measured"), key=lambda cost: order.index(cost.channel))
     far = of(costs, "projected")
     wide = far[0].parameters if far else d
     here = [cost for cost in ready if (cost.clients, cost.parameters) == place]
-    by_size = _lines([cost for cost in ready if cost.clients == n], order, "parameters", "client_seconds")
+    usual = Counter(cost.clients for cost in ready).most_common(1)[0][0]  # of whom most was measured
+    by_size = _lines([cost for cost in ready if cost.clients == usual], order, "parameters", "client_seconds")
     by_clients = _lines(
         [cost for cost in (*ready, *far) if cost.parameters == wide], order, "clients", "server_seconds"
     )
@@ -203,7 +205,7 @@ def figures(costs: Sequence[Cost], order: Sequence[str]) -> dict[str, Panel]:
     words = f"{wide:,} parameters" + ("; open: PROJECTED" if far else "")
     with drawing_style():
         found = {
-            "client": _panel(by_size, ("Seconds of a client", f"{n} clients", "parameters")),
+            "client": _panel(by_size, ("Seconds of a client", f"{usual} clients", "parameters")),
             "server": _panel(by_clients, ("Seconds of the server", words, "clients")),
             "bytes": cost_panel("Bytes a parameter", sent, small_number, log=True),
         }
@@ -249,7 +251,7 @@ def _panel(lines: Mapping[str, _Line], words: tuple[str, str, str]) -> Panel:
     points = [point for line in lines.values() for point in line.points]
     low, high = floor(min(y for _, y in points)), ceil(max(y for _, y in points) + 1e-9)
     axes.set_ylim(low, high)
-    axes.set_yticks(range(low, high + 1), [small_number(10.0**power) for power in range(low, high + 1)])
+    axes.set_yticks(range(low, high + 1), [_power(power) for power in range(low, high + 1)])
     axes.set_xscale("log")
     places = sorted({x for x, _ in points})
     axes.set_xticks(places, [f"{x:.0f}" if x < 10_000 else f"{x:.0e}".replace("e+0", "e") for x in places])
@@ -262,6 +264,11 @@ def _panel(lines: Mapping[str, _Line], words: tuple[str, str, str]) -> Panel:
     label_ends(axes, inner, texts, ends, {channel: line.number for channel, line in lines.items()})
     spoken = "; ".join(f"{channel}: {small_number(10**end)} s" for channel, end in ends.items())
     return render(figure, across, f"{title}, {subtitle}, by {across}. At the end: {spoken}.")
+
+
+def _power(exponent: int) -> str:
+    """A power of ten, short."""
+    return f"{10.0**exponent:g}" if -2 <= exponent <= 3 else f"1e{exponent}"
 
 
 def _draw(axes: Axes, line: _Line) -> None:

@@ -186,15 +186,40 @@ def test_what_cannot_be_projected_says_why() -> None:
     }
 
 
-def test_a_projection_goes_on_along_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def linear(title: str, wire: Wire, clients: int, parameters: int) -> Cost:
-        return Cost(title, clients, parameters, client_seconds=2.0, server_seconds=3.0 + 0.5 * clients,
-                    key_holder_seconds=7.0, up=4.0, deviation=1.0)  # fmt: skip
+def linear_round(title: str, wire: Wire, clients: int, parameters: int) -> Cost:
+    """Server: 3 s and half a second a client. Key holder: 7 s a million numbers, a hundredth of a second a client."""
+    return Cost(
+        title,
+        clients,
+        parameters,
+        client_seconds=2.0,
+        server_seconds=3.0 + 0.5 * clients,
+        key_holder_seconds=7e-6 * parameters + 0.01 * clients,
+        up=4.0,
+        deviation=1.0,
+    )
 
-    monkeypatch.setattr(aggregation_cost, "played", linear)
-    found = projected("BFV", 1000, 50)
-    assert (found.client_seconds, found.up, found.key_holder_seconds, found.deviation) == (2.0, 4.0, 7.0, None)
-    assert found.server_seconds == pytest.approx(503.0)
+
+def test_a_projection_goes_on_along_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aggregation_cost, "played", linear_round)
+    public, private = projected("BFV", 1000, 10**6), projected("CKKS, for clients", 800, 10**6)
+    assert (public.client_seconds, public.up, public.deviation) == (2.0, 4.0, None)
+    assert public.server_seconds == pytest.approx(503.0)
+    assert public.key_holder_seconds == pytest.approx(7.25), "one sum of the 25 that played"
+    assert private.server_seconds == pytest.approx(403.0)
+    assert private.key_holder_seconds == pytest.approx(7 + 8), "and an envelope for each"
+
+
+def test_the_shorter_of_two_rounds_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = iter([3.0, 1.0, 2.0])
+
+    def disturbed(title: str, wire: Wire, clients: int, parameters: int) -> Cost:
+        return Cost(title, clients, parameters, server_seconds=next(lengths))
+
+    monkeypatch.setattr(aggregation_cost, "played", disturbed)
+    wire = plain(5, 10, 1.0)
+    assert aggregation_cost.shorter("Plaintext", wire, 5, 10).server_seconds == 1.0
+    assert next(lengths) == 2.0
 
 
 def test_neighbours_stay_those_of_the_large_round() -> None:

@@ -172,7 +172,7 @@ def test_the_small_experiment_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     sent = written["bytes"]
     assert sent["Nothing"]["Plaintext"] < sent["Random 10 %"]["masks"] < sent["Random 10 %"]["CKKS"]
     assert (tmp_path / "tables.md").read_text().count("| Everything ") == 7
-    assert (tmp_path / "matched.svg").read_text().startswith("<svg") and (tmp_path / "env.json").exists()
+    assert (tmp_path / "found-4.svg").read_text().startswith("<svg") and (tmp_path / "env.json").exists()
 
 
 def test_too_few_sentences_and_a_missing_single_step_are_refused() -> None:

@@ -31,6 +31,7 @@ def test_a_line_says_a_dash_where_there_is_nothing() -> None:
     )  # fmt: skip
     noisy = cells(cost("BFV", key_holder_seconds=0.125, noise=0.25, wrap=1e-12, neighbours=6, memory=None))
     assert noisy[5] == "0.125" and noisy[10:] == ("0.25", "1e-12", "-", "6")
+    assert cells(cost("BFV", wrap=0.0))[11] == "under 1e-300", "a probability that float64 does not hold"
 
 
 def test_a_round_is_all_of_its_parties() -> None:

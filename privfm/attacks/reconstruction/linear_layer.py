@@ -126,7 +126,8 @@ def label_of_one(weight: Tensor) -> int | None:
       weight: change of the weight, `(c, k)`; products are taken over the columns known in both rows.
 
     Returns:
-      The label; None where no row or more than one could be it (two classes, too little known, several examples).
+      The label; None where no row or more than one could be it (two classes, too little known). Of several examples
+      the answer means nothing.
 
     Raises:
       InvalidArgument: not `(c, k)`, or not of a float type.

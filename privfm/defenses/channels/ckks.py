@@ -102,7 +102,7 @@ class CKKS(Channel):
     than `clients`, be improbable next to the plan's delta.
 
     Cost: the table above, and 0.1 MB of keys; `cost` times it on this machine. Vectors are padded to whole
-    ciphertexts of 2048 or 4096 numbers.
+    ciphertexts of 4096 numbers.
 
     Args:
       bound: largest absolute coordinate B of a client's row; an L2 clip is one.

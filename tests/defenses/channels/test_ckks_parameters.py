@@ -132,8 +132,8 @@ def test_a_grid_needs_bits():
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_head_room_is_enough_and_not_for_one_client_more(added, holds, sign):
     parameters = CKKSParameters.cheapest(20, 1e-4)
-    assert parameters.scale == highest_scale(2048, (32,), 20)
-    ring, values = secret_ring(parameters), np.full(2048, float(sign))
+    assert parameters.scale == highest_scale(4096, (32,), 20)
+    ring, values = secret_ring(parameters), np.full(4096, float(sign))
     own = ring.encrypted(np.zeros(1))
     for _ in range(added):
         ring.add(own, ring.encrypted(values))
@@ -146,7 +146,7 @@ def test_the_head_room_is_enough_and_not_for_one_client_more(added, holds, sign)
 @pytest.mark.parametrize(
     ("arguments", "degree", "chain"),
     [
-        ({"clients": 10, "error": 1e-4}, 2048, (32, 20)),
+        ({"clients": 10, "error": 1e-4}, 4096, (32, 20)),
         ({"clients": 450, "error": 1e-6}, 2048, (32, 20)),
         ({"clients": 1000, "error": 1e-6}, 4096, (40, 20)),
         ({"clients": 10, "error": 1e-3, "release": "public"}, 4096, (56, 20)),
@@ -202,9 +202,9 @@ def test_no_ring_of_2048_is_taken_for_a_flooded_release(clients):
 
 
 def test_the_error_of_a_full_sum_is_as_stated():
-    """Deviation within the key's spread; the largest of 41,000 below the bound and within twice of it."""
+    """Deviation within the key's spread; the largest of 82,000 below the bound and within twice of it."""
     parameters = CKKSParameters.cheapest(10, 1e-4)
-    values, found = np.random.default_rng(0).uniform(-1, 1, 2048), []
+    values, found = np.random.default_rng(0).uniform(-1, 1, parameters.numbers), []
     for _ in range(20):  # a new key each
         ring = secret_ring(parameters)
         own = ring.encrypted(np.zeros(1))  # the server's, and the key holder's
@@ -237,11 +237,11 @@ def test_decoding_alone_loses_half_of_that():
 
 def test_the_error_of_encoding_is_bounded_and_not_by_far():
     parameters = CKKSParameters.cheapest(10, 1e-4)
-    ring, values, plaintext = secret_ring(parameters), np.random.default_rng(0).uniform(-1, 1, 2048), seal.Plaintext()
+    ring, values, plaintext = secret_ring(parameters), np.random.default_rng(0).uniform(-1, 1, 4096), seal.Plaintext()
     ring._encoder.encode(slots_of(values).tolist(), parameters.scale, plaintext)
     lost = np.linalg.norm(coefficients_of(np.array(ring._encoder.decode_complex(plaintext))) - values)
-    assert parameters.encoding_error(2048) / 3 < lost < parameters.encoding_error(2048)
-    assert parameters.encoding_error(4 * 2048) == pytest.approx(2 * parameters.encoding_error(2048))
+    assert parameters.encoding_error(4096) / 3 < lost < parameters.encoding_error(4096)
+    assert parameters.encoding_error(4 * 4096) == pytest.approx(2 * parameters.encoding_error(4096))
 
 
 def test_slots_are_the_values_at_the_roots_of_unity():
