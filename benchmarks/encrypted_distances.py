@@ -28,9 +28,9 @@ from torch import Generator, Tensor
 from benchmarks.encryption_peers import TUTORIAL, squared_distance
 from benchmarks.timing import line
 from privfm.contracts import Reveals
-from privfm.defenses.channels.ckks_gram import CKKSGram
-from privfm.defenses.channels.ckks_ring import DEGREE, Array, SecretRing, ServerRing, new_keys
-from privfm.defenses.channels.sketch import step_of
+from privfm.defenses.channels.gram import CKKSGram
+from privfm.defenses.channels.gram.ring import DEGREE, Array, SecretRing, ServerRing, new_keys
+from privfm.defenses.channels.gram.sketch import step_of
 from privfm.engines import Local
 from privfm.federation.phases import Phases
 from privfm.federation.rehearsal import Rehearsal

@@ -44,9 +44,9 @@ from privfm.contracts import Channel, Transform
 from privfm.defenses import FixedPoint
 from privfm.defenses.channels.bfv import BFV
 from privfm.defenses.channels.ckks import CKKS
-from privfm.defenses.channels.ckks_gram import CKKSGram
+from privfm.defenses.channels.gram import CKKSGram
 from privfm.defenses.channels.masks import PairwiseMasks
-from privfm.defenses.channels.pad import RLWEPad, most_bits
+from privfm.defenses.channels.pad.channel import RLWEPad, most_bits
 from privfm.defenses.channels.plaintext import Plaintext
 from privfm.defenses.transforms import Chain
 from privfm.engines import Local

@@ -145,7 +145,11 @@ REFUSED = {
         "OwnTraining does not show its steps",
         "SGD or AdamW",
     ),
-    "shares, seen one by one": ({"plan": DISTRIBUTED, "channel": Plaintext()}, "only a share of the noise", "PairwiseMasks"),
+    "shares, seen one by one": (
+        {"plan": DISTRIBUTED, "channel": Plaintext()},
+        "only a share of the noise",
+        "PairwiseMasks",
+    ),
     "no key holder": ({"plan": KEY_HOLDER, "channel": Plaintext()}, "no key holder that could add", "CKKS"),
     "a channel that cuts": ({"channel": CKKS(0.5, 100)}, "may have a coordinate of 1", "at least the clip"),
     "a clip that moves": (

@@ -9,15 +9,19 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from experiments import selective_encryption
 from experiments.selective_encryption import (
     Count,
+    Scene,
     in_clear,
     inverted,
+    kinds_of,
     main,
     matched,
     played,
     ranks,
     selections,
+    taken_apart,
     told_by_choice,
     wires,
 )
@@ -105,6 +109,26 @@ def test_matching_uses_the_clear_columns_alone() -> None:
     assert share(matched(torch.zeros_like(own), single), rows, SENTENCES - 1) == 0.0
 
 
+def test_a_mean_is_taken_apart_into_what_it_is_the_mean_of() -> None:
+    single = torch.randn(SENTENCES, 100, generator=Generator().manual_seed(3))
+    rows, _ = drawn(8)
+    clear = single[rows].mean(1)
+    clear[:, 60:] = torch.nan
+    changed = single.clone()
+    changed[:, 60:] = 7.0
+    chosen = taken_apart(clear, single, 8)
+    assert torch.equal(chosen, taken_apart(clear, changed, 8))
+    found = [len(set(own.tolist()) & set(said.tolist())) for own, said in zip(rows, chosen, strict=True)]
+    foreign = [len(set(own.tolist()) & set(said.tolist())) for own, said in zip(rows.roll(1, 0), chosen, strict=True)]
+    # 480 sentences: matching alone finds less; chance is 1 in 50, and 26 or more of 480 come with probability 2e-5.
+    assert sum(found) > 0.8 * 480 > 480 * share(matched(clear, single), rows, 8) and sum(foreign) < 26
+    assert all(len(set(said.tolist())) == 8 for said in chosen)
+    assert bool((taken_apart(torch.full_like(clear, torch.nan), single, 8) == -1).all())
+    narrow = clear.clone()
+    narrow[:, 3:] = torch.nan  # more sentences than columns: they depend on each other
+    assert all(len(set(said.tolist())) == 8 for said in taken_apart(narrow, single, 8))
+
+
 def test_ranks_count_ties_against_the_attacker() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.9, 0.3], [1.0, 1.0, 1.0, 1.0]])
     assert ranks(scores, torch.tensor([[1, 3], [0, 2]])).tolist() == [[2, 3], [4, 4]]
@@ -161,13 +185,13 @@ def test_the_small_experiment_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     for title in ("Nothing", "LoRA", "Random 10 %"):
         assert alone[title]["labels"] == {"hits": 4, "of": 4} and alone[title]["cosine"] == pytest.approx(1, abs=1e-4)
         assert alone[title]["inverted"][0] == alone[title]["matched"][0] == {"hits": 4, "of": 4}
-    assert alone["Head"]["inverted"][1]["hits"] == 0 and alone["Head"]["matched"][0]["hits"] == 4
+    assert alone["Head"]["inverted"][1]["hits"] == 0 and alone["Head"]["apart"]["hits"] == 4
     bias = alone["All but the head's bias"]
     assert bias["unprotected"] == pytest.approx(6 / 8454) and bias["labels"]["hits"] == 4
     for one in written["findings"]:
         assert one["wrong_labels"] == 0 or one["steps"] > 1
         if one["protected"] == "Everything":
-            parts = [one["labels"], *one["inverted"], *one["matched"], *one["foreign"]]
+            parts = [one["labels"], *one["inverted"], *one["matched"], one["apart"], *one["foreign"]]
             assert one["unprotected"] == 0 and one["cosine"] is None and not any(part["hits"] for part in parts)
     sent = written["bytes"]
     assert sent["Nothing"]["Plaintext"] < sent["Random 10 %"]["masks"] < sent["Random 10 %"]["CKKS"]
@@ -180,3 +204,16 @@ def test_too_few_sentences_and_a_missing_single_step_are_refused() -> None:
         main(sentences=160)
     with pytest.raises(InvalidArgument, match="steps"):
         main(steps=(10,))
+
+
+def test_clients_of_a_size_share_no_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a foreign sentence would be found for being one's own, too."""
+    monkeypatch.setattr(selective_encryption, "updates", lambda bench, rows, steps, seed: torch.zeros(len(rows), 3))
+    scene = Scene(None, torch.arange(100, 200), torch.arange(0), VECTORS, VECTORS)  # type: ignore[arg-type]
+    kinds = kinds_of(scene, 6, (1, 2), 0)
+    assert [(kind.steps, kind.rows.shape[1]) for kind in kinds] == [(1, 1), (2, 1), (1, 4), (2, 4), (1, 16), (2, 16)]
+    for one, other in zip(kinds[::2], kinds[1::2], strict=True):
+        assert torch.equal(one.rows, other.rows)
+        assert len(one.rows.unique()) == one.rows.numel() and bool((one.rows >= 100).all())
+    with pytest.raises(InvalidArgument, match="sentences for 6 of 16"):
+        kinds_of(scene, 7, (1,), 0)

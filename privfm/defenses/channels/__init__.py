@@ -2,7 +2,7 @@
 
 from privfm.defenses.channels.bfv import BFV
 from privfm.defenses.channels.ckks import CKKS
-from privfm.defenses.channels.ckks_gram import CKKSGram
+from privfm.defenses.channels.gram import CKKSGram
 from privfm.defenses.channels.grouped import Grouped
 from privfm.defenses.channels.masks import PairwiseMasks
 from privfm.defenses.channels.pad import RLWEPad
