@@ -28,7 +28,7 @@ from torch import Generator, Tensor
 from benchmarks.encryption_peers import TUTORIAL, squared_distance
 from benchmarks.timing import line
 from privfm.contracts import Reveals
-from privfm.defenses.channels.gram import CKKSGram
+from privfm.defenses.channels import CKKSGram
 from privfm.defenses.channels.gram.ring import DEGREE, Array, SecretRing, ServerRing, new_keys
 from privfm.defenses.channels.gram.sketch import step_of
 from privfm.engines import Local

@@ -10,8 +10,8 @@ process, one after the other: keys, envelopes, codes and canaries are in its num
 |                  | add, decrypt                                                                     |               |
 | client time      | seconds of one client, with the codec before the channel; the peers': encrypt,   | theirs / ours |
 |                  | serialise, decrypt                                                               |               |
-| server time      | seconds of the server for all clients; the peers': parse, add                    | theirs / ours |
-| key holder time  | seconds; the peers have none, as each client holds the key                       | none          |
+| server time      | seconds of the server for each client; the peers': parse, add                    | theirs / ours |
+| key holder time  | seconds a round; the peers have none, as each client holds the key               | none          |
 | bytes            | what a client sends, for each parameter                                          | theirs / ours |
 | largest error    | of a coordinate of the mean, over the bound B of coordinates                     | theirs / ours |
 | error deviation  | standard deviation of that error, over B                                         | theirs / ours |
@@ -42,12 +42,8 @@ from benchmarks.encryption_peers import PEERS, Measured
 from benchmarks.timing import growth, line, reason, write
 from privfm.contracts import Channel, Transform
 from privfm.defenses import FixedPoint
-from privfm.defenses.channels.bfv import BFV
-from privfm.defenses.channels.ckks import CKKS
-from privfm.defenses.channels.gram import CKKSGram
-from privfm.defenses.channels.masks import PairwiseMasks
-from privfm.defenses.channels.pad.channel import RLWEPad, most_bits
-from privfm.defenses.channels.plaintext import Plaintext
+from privfm.defenses.channels import BFV, CKKS, CKKSGram, PairwiseMasks, Plaintext, RLWEPad
+from privfm.defenses.channels.pad.channel import most_bits
 from privfm.defenses.transforms import Chain
 from privfm.engines import Local
 from privfm.federation.rehearsal import Rehearsal
@@ -65,7 +61,7 @@ NO_KEY_HOLDER = "every client holds the key"
 UNITS = {
     "time": "s a client",
     "client time": "s a client",
-    "server time": "s",
+    "server time": "s a client",
     "bytes": "bytes a parameter",
     "largest error": "over B",
     "error deviation": "over B",
@@ -258,7 +254,7 @@ def figures(rounds: Sequence[Measured], truth: Tensor) -> dict[str, float]:
     return {
         "time": median(one.path for one in rounds),
         "client time": median(one.client for one in rounds),
-        "server time": median(one.server for one in rounds),
+        "server time": median(one.server / one.clients for one in rounds),
         "bytes": median(one.up for one in rounds) / len(truth),
         "largest error": median(float(miss.abs().max()) for miss in misses) / BOUND,
         "error deviation": median(float(miss.square().mean().sqrt()) for miss in misses) / BOUND,

@@ -30,12 +30,8 @@ from privfm.checks import InvalidArgument, first_line, one_of, positive
 from privfm.cli import command
 from privfm.contracts import Channel, Reveals, Transform
 from privfm.defenses import FixedPoint
-from privfm.defenses.channels.bfv import BFV
-from privfm.defenses.channels.ckks import CKKS
-from privfm.defenses.channels.gram import CKKSGram
-from privfm.defenses.channels.masks import PairwiseMasks
-from privfm.defenses.channels.pad.channel import RLWEPad, most_bits
-from privfm.defenses.channels.plaintext import Plaintext
+from privfm.defenses.channels import BFV, CKKS, CKKSGram, PairwiseMasks, Plaintext, RLWEPad
+from privfm.defenses.channels.pad.channel import most_bits
 from privfm.defenses.privacy.distributed import DistributedNoise, rounding_bound, share_deviation, smallest_modulus_bits
 from privfm.defenses.transforms import Chain
 from privfm.engines import Local

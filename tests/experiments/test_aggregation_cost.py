@@ -30,8 +30,7 @@ from experiments.aggregation_cost import (
 )
 from privfm.checks import InvalidArgument
 from privfm.defenses import FixedPoint
-from privfm.defenses.channels.bfv import BFV
-from privfm.defenses.channels.masks import PairwiseMasks
+from privfm.defenses.channels import BFV, PairwiseMasks
 from privfm.defenses.privacy.distributed import WRAP_TARGET, DistributedNoise
 from privfm.reporting.aggregation_costs import Cost
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from struct import pack
 from typing import Any, Final, Literal, final
 
 import numpy as np
@@ -17,9 +16,7 @@ from privfm.checks import (
     Corrupt,
     InvalidArgument,
     Overflow,
-    Replay,
     RoundFailed,
-    TooFewClients,
     at_least,
     one_of,
     require,
@@ -39,7 +36,17 @@ from privfm.defenses.channels.bfv.ciphertexts import (
 from privfm.defenses.channels.bfv.parameters import BFVParameters
 from privfm.defenses.channels.encryptors import encrypted
 from privfm.defenses.channels.envelope import Header, Link, fingerprint
-from privfm.defenses.channels.identities import sign, verify
+from privfm.defenses.channels.key_holder import (
+    asked,
+    gathered,
+    readers_from,
+    readers_to_bytes,
+    refusal,
+    require_enough,
+    require_release,
+    require_signature,
+    signature,
+)
 from privfm.defenses.channels.readers import opened_from, sealed_for
 from privfm.defenses.views import SumView
 
@@ -217,8 +224,8 @@ class BFV(Channel):
         def total() -> Tensor:
             if not ids:
                 return torch.zeros(intake.d)
-            asked = replace(head, stage="sum", length=running.length, parts=running.parts, clients=len(ids))
-            return intake.total(torch.from_numpy(self._ask(running, asked, ids, exchange).astype(np.float64)))
+            whole = replace(head, stage="sum", length=running.length, parts=running.parts, clients=len(ids))
+            return intake.total(torch.from_numpy(self._ask(running, whole, ids, exchange).astype(np.float64)))
 
         return SumView(total, tuple(sorted(ids)), intake.d, bad)
 
@@ -228,15 +235,15 @@ class BFV(Channel):
         request = b""
         if not self.server_learns_sum:
             named = replace(self._head(b""), key=bytes(16), stage="cohort", length=len(clients), parts=1)
-            request = Link(server, KEY_HOLDER).seal(named, [np.array(clients, "<i8").tobytes()])
-        head, parts, context = self._open_keys(server, KEY_HOLDER, _only(exchange, "keys", request), len(clients))
-        public, signature, *secret = parts
+            request = Link(server, KEY_HOLDER).seal(named, [readers_to_bytes(clients)])
+        head, parts, context = self._open_keys(server, KEY_HOLDER, asked(exchange, "keys", request), len(clients))
+        public, signed, *secret = parts
         if not secret:
             return head, context, {i: Link(server, i).seal(head, parts) for i in clients}
         box, *wrapped = secret
         own = replace(head, parts=4)
         keys = zip(clients, wrapped, strict=True)
-        return own, context, {i: Link(server, i).seal(own, [public, signature, box, key]) for i, key in keys}
+        return own, context, {i: Link(server, i).seal(own, [public, signed, box, key]) for i, key in keys}
 
     def _add_all(
         self, running: RunningSum, head: Header, requests: Mapping[int, bytes], intake: Intake, exchange: Exchange
@@ -247,52 +254,30 @@ class BFV(Channel):
           RoundFailed: every row was refused by its client.
           TooFewClients: too few rows are left.
         """
-        ids: list[int] = []
-        refusals: list[int] = []
-        broken = 0
-        for party, reply in exchange("update", requests):
-            try:
-                if party not in requests or party in ids or party in refusals:
-                    raise Replay(f"client {party} was not asked, or has answered already")
-                weight = intake.weights.get(party, 1.0)
-                own = replace(head, stage="update", length=running.length, clients=1, weight=weight)
-                header, parts = Link(exchange.server, party).open(reply)
-                if header == _refusal(own):
-                    refusals.append(party)
-                    continue
-                header.require(replace(own, parts=running.parts))
-                running.add(parts)
-                ids.append(party)
-            except BrokenEnvelope:
-                broken += 1
-        refused = len(refusals)
+        own = replace(head, stage="update", length=running.length, parts=running.parts, clients=1)
+        ids, refused, broken = gathered(exchange, requests, own, intake, lambda _, parts: running.add(parts))
         if refused and not ids:
             raise RoundFailed(
                 f"bits={self.bits}: the rows of {refused} clients are not whole numbers up to 2^bits; raise bits, clip "
                 "updates, or put a codec of whole numbers before the channel"
             )
-        if len(ids) < intake.least_answers:
-            raise TooFewClients(
-                f"least_answers={intake.least_answers}: {len(ids)} client(s) answered; their sum stays closed"
-            )
-        if ids and len(ids) < self.smallest_release:
-            raise TooFewClients(f"smallest_release={self.smallest_release}: only {len(ids)} client(s) answered")
+        require_enough(len(ids), intake.least_answers, self.smallest_release)
         return ids, broken + refused
 
-    def _ask(self, running: RunningSum, asked: Header, ids: Sequence[int], exchange: Exchange) -> Whole:
+    def _ask(self, running: RunningSum, whole: Header, ids: Sequence[int], exchange: Exchange) -> Whole:
         """Has the sum decrypted -> `(width,)`, without the canary."""
         t, server = self.parameters.plain_modulus, exchange.server
         pad = uniform(running.length, t) if self.holder == "blinded" else np.zeros(running.length, np.int64)
         parts = running.blinded(pad) if self.holder == "blinded" else running.serialized()
         if self.server_learns_sum:
             link = Link(server, KEY_HOLDER)
-            answer = _only(exchange, "decrypt", link.seal(asked, parts))
-            content = b"".join(link.expect(answer, replace(asked, stage="opened")))
+            answer = asked(exchange, "decrypt", link.seal(whole, parts))
+            content = b"".join(link.expect(answer, replace(whole, stage="opened")))
         else:
-            content = _opened_by_one(_Requests(server, sorted(ids), asked, parts), exchange)
+            content = _opened_by_one(_Requests(server, sorted(ids), whole, parts), exchange)
         if len(content) != 8 * running.length:
             raise Corrupt(f"a sum of {len(content)} bytes, expected 8 for each of {running.length} numbers")
-        return self._checked(centred(np.frombuffer(content, "<i8") - pad, t), asked.clients)
+        return self._checked(centred(np.frombuffer(content, "<i8") - pad, t), whole.clients)
 
     def _checked(self, values: Whole, n: int) -> Whole:
         """Looks at the canary and at the range -> the sum without its canary.
@@ -310,25 +295,16 @@ class BFV(Channel):
     def _make_keys(self, party: Party, memory: Memory, request: bytes) -> tuple[Memory, bytes]:
         public, secret = new_keys(self.parameters)
         head, link = self._head(public), Link(party, SERVER)
-        parts = [public, sign(party, self._signed(party, public))]
+        parts = [public, signature(party, head, public)]
         if self.server_learns_sum:
             return {**memory, "secret": secret, "key": head.key}, link.seal(head, parts)
         header, content = link.open(request)
         header.require(replace(self._head(b""), key=bytes(16), stage="cohort", length=header.length, parts=1))
-        box, wrapped = sealed_for(party, self._readers(content[0], header.length), secret, self._purpose(head))
+        box, wrapped = sealed_for(
+            party, readers_from(content[0], header.length, self.clients), secret, self._purpose(head)
+        )
         parts += [box, *wrapped]
         return memory, link.seal(replace(head, parts=len(parts)), parts)
-
-    def _readers(self, content: bytes, n: int) -> list[int]:
-        """The clients that share the key, as the server names them.
-
-        Raises:
-          Corrupt: they are not `n` different clients, or more than `clients`. The server is none.
-        """
-        readers = [int(number) for number in np.frombuffer(content, "<i8")] if len(content) == 8 * n else []
-        if not readers or len(set(readers)) != n or min(readers) < 0 or n > self.clients:
-            raise Corrupt(f"a key for {n} readers: expected up to {self.clients} different clients")
-        return readers
 
     def _encrypt(self, party: Party, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
         head, parts, _ = self._open_keys(party, SERVER, request)
@@ -342,7 +318,7 @@ class BFV(Channel):
         try:
             values = self.numbers(row)
         except InvalidArgument:  # Overflow is one
-            return memory, link.seal(_refusal(own), [])
+            return memory, link.seal(refusal(own), [])
         ciphertexts = encrypted(encrypt, (parts[0], ring), cut(np.append(values, 1), ring.slots), party.processes)
         return memory, link.seal(replace(own, parts=len(ciphertexts)), ciphertexts)
 
@@ -353,10 +329,7 @@ class BFV(Channel):
         n, length = header.clients, max(header.length, 1)  # the server's word
         expected = replace(self._head(b""), key=memory.get("key", b""), stage="sum", length=length, clients=n)
         header.require(replace(expected, parts=ceil(length / self.parameters.slots)))
-        if n < self.smallest_release:
-            raise TooFewClients(f"a sum of {n} clients: expected {self.smallest_release} to {self.clients}")
-        if n > self.clients:
-            raise RoundFailed(f"a sum of {n} clients: expected {self.smallest_release} to {self.clients}")
+        require_release(n, self.smallest_release, self.clients)
         values = decrypted(memory["secret"], self.parameters, length, parts)
         if self.holder != "blinded":  # there, every number is uniform
             self._checked(values, n)
@@ -376,17 +349,12 @@ class BFV(Channel):
         header, parts = Link(party, sender).open(message)
         count = 2 if self.server_learns_sum else 3 + readers
         header.require(replace(self._head(parts[0] if parts else b""), parts=count))
-        public, signature, *_ = parts
-        verify(party.pinned(KEY_HOLDER), self._signed(party, public), signature)
-        return header, parts, public_context(public, self.parameters)
+        require_signature(party, header, *parts[:2])
+        return header, parts, public_context(parts[0], self.parameters)
 
     def _head(self, public: bytes) -> Header:
         """The key holder's first message; all others of a round share what they agree on."""
         return Header("bfv", fingerprint(repr(self).encode()), fingerprint(public), "keys", parts=2)
-
-    def _signed(self, party: Party, public: bytes) -> bytes:
-        """What the key holder signs: these parameters, this round, this key."""
-        return b"bfv keys" + fingerprint(repr(self).encode()) + pack(">q", party.round) + public
 
     def _purpose(self, head: Header) -> bytes:
         """What a sealed key is for: this round's key, and no other."""
@@ -425,16 +393,3 @@ def _opened_by_one(requests: _Requests, exchange: Exchange) -> bytes:
         except BrokenEnvelope:
             continue
     raise RoundFailed("no client opened the sum")
-
-
-def _refusal(header: Header) -> Header:
-    """The header of a client whose row does not fit: no parts, nobody's row."""
-    return replace(header, parts=0, clients=0)
-
-
-def _only(exchange: Exchange, stage: str, request: bytes) -> bytes:
-    """The key holder's reply."""
-    reply = dict(exchange(stage, {KEY_HOLDER: request})).get(KEY_HOLDER)
-    if reply is None:
-        raise RoundFailed(f"the key holder did not answer to {stage!r}")
-    return reply

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, hypot, sqrt
-from struct import pack
 from typing import Final, final
 
 import numpy as np
@@ -17,9 +16,7 @@ from privfm.checks import (
     BrokenEnvelope,
     Corrupt,
     Overflow,
-    Replay,
     RoundFailed,
-    TooFewClients,
     at_least,
     non_negative,
     one_of,
@@ -40,7 +37,17 @@ from privfm.defenses.channels.ckks.cost import CKKSCost, estimate
 from privfm.defenses.channels.ckks.parameters import MARGIN, CKKSParameters, Release
 from privfm.defenses.channels.encryptors import encrypted
 from privfm.defenses.channels.envelope import Header, Link, fingerprint
-from privfm.defenses.channels.identities import sign, verify
+from privfm.defenses.channels.key_holder import (
+    asked,
+    gathered,
+    readers_from,
+    readers_to_bytes,
+    refusal,
+    require_enough,
+    require_release,
+    require_signature,
+    signature,
+)
 from privfm.defenses.channels.readers import opened_from, sealed_for
 from privfm.defenses.privacy.noise import secure_deviation, secure_release
 from privfm.defenses.views import SumView
@@ -244,7 +251,7 @@ class CKKS(Channel):
         if len(cohort) > self.clients:
             raise RoundFailed(f"clients={self.clients}: a cohort of {len(cohort)} has no head-room; raise clients")
         server = exchange.server
-        head, keys, ring = self._open_keys(server, KEY_HOLDER, _only(exchange, "keys", b""))
+        head, keys, ring = self._open_keys(server, KEY_HOLDER, asked(exchange, "keys", b""))
         running = RunningSum(ring, intake.width + _CANARY)
         requests = {party: Link(server, party).seal(head, keys) for party in cohort}
         ids, bad = self._add_all(running, head, requests, intake, exchange)
@@ -252,8 +259,8 @@ class CKKS(Channel):
         def total() -> Tensor:
             if not ids:
                 return torch.zeros(intake.d)
-            asked = replace(head, stage="sum", length=running.length, clients=len(ids))
-            return intake.total(self._opened(self._ask(running, asked, sorted(ids), exchange), intake.width))
+            whole = replace(head, stage="sum", length=running.length, clients=len(ids))
+            return intake.total(self._opened(self._ask(running, whole, sorted(ids), exchange), intake.width))
 
         return SumView(total, tuple(sorted(ids)), intake.d, bad)
 
@@ -266,51 +273,29 @@ class CKKS(Channel):
           RoundFailed: every row lies beyond the bound.
           TooFewClients: too few rows are left.
         """
-        ids: list[int] = []
-        refusals: list[int] = []
-        broken = 0
-        for party, reply in exchange("update", requests):
-            try:
-                if party not in requests or party in ids or party in refusals:
-                    raise Replay(f"client {party} was not asked, or has answered already")
-                weight = intake.weights.get(party, 1.0)
-                own = replace(head, stage="update", length=running.length, clients=1, weight=weight)
-                header, parts = Link(exchange.server, party).open(reply)
-                if header == _refusal(own):
-                    refusals.append(party)
-                    continue
-                header.require(replace(own, parts=running.parts))
-                running.add(parts)
-                ids.append(party)
-            except BrokenEnvelope:
-                broken += 1
-        refused = len(refusals)
+        own = replace(head, stage="update", length=running.length, parts=running.parts, clients=1)
+        ids, refused, broken = gathered(exchange, requests, own, intake, lambda _, parts: running.add(parts))
         if refused and not ids:
             raise RoundFailed(f"bound={self.bound}: the rows of {refused} clients lie beyond; raise bound or clip")
-        if len(ids) < intake.least_answers:
-            raise TooFewClients(
-                f"least_answers={intake.least_answers}: {len(ids)} client(s) answered; their sum stays closed"
-            )
-        if ids and len(ids) < self.smallest_release:
-            raise TooFewClients(f"smallest_release={self.smallest_release}: only {len(ids)} client(s) answered")
+        require_enough(len(ids), intake.least_answers, self.smallest_release)
         return ids, broken + refused
 
-    def _ask(self, running: RunningSum, asked: Header, ids: Sequence[int], exchange: Exchange) -> bytes:
+    def _ask(self, running: RunningSum, whole: Header, ids: Sequence[int], exchange: Exchange) -> bytes:
         """Has the sum decrypted, and opened by a client if it is not for the server -> its numbers as bytes."""
         server, link = exchange.server, Link(exchange.server, KEY_HOLDER)
-        readers = [] if self.server_learns_sum else [np.array(ids, "<i8").tobytes()]
+        readers = [] if self.server_learns_sum else [readers_to_bytes(ids)]
         parts = [*running.written(), *readers]
-        answer = _only(exchange, "decrypt", link.seal(replace(asked, parts=len(parts)), parts))
+        answer = asked(exchange, "decrypt", link.seal(replace(whole, parts=len(parts)), parts))
         header, parts = link.open(answer)
-        header.require(replace(asked, stage="decrypt", parts=1 if self.server_learns_sum else 1 + len(ids)))
+        header.require(replace(whole, stage="decrypt", parts=1 if self.server_learns_sum else 1 + len(ids)))
         if self.server_learns_sum:
             return parts[0]
         box, *wrapped = parts
-        own = replace(asked, stage="open", parts=2)
+        own = replace(whole, stage="open", parts=2)
         requests = {i: Link(server, i).seal(own, [box, key]) for i, key in zip(ids, wrapped, strict=True)}
         for client, reply in exchange("open", requests):  # every client opens it; one of them tells the simulation
             try:
-                return Link(server, client).expect(reply, replace(asked, stage="opened"))[0]
+                return Link(server, client).expect(reply, replace(whole, stage="opened"))[0]
             except BrokenEnvelope:
                 continue
         raise RoundFailed("no client opened the sum")
@@ -318,8 +303,8 @@ class CKKS(Channel):
     def _make_keys(self, party: Party, memory: Memory) -> tuple[Memory, bytes]:
         public, secret = new_keys(self.parameters)
         head = self._head(public)
-        signature = sign(party, self._signed(party, public))
-        return {**memory, "secret": secret, "key": head.key}, Link(party, SERVER).seal(head, [public, signature])
+        sealed = Link(party, SERVER).seal(head, [public, signature(party, head, public)])
+        return {**memory, "secret": secret, "key": head.key}, sealed
 
     def _encrypt(self, party: Party, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
         head, (public, _), _ = self._open_keys(party, SERVER, request)
@@ -331,7 +316,7 @@ class CKKS(Channel):
             # On the grid the division is exact: by a power of two.
             values = self.steps(row) / 2.0**self.bits if self.exact_grid else self._within(row) / self.bound
         except Overflow:
-            return memory, link.seal(_refusal(own), [])
+            return memory, link.seal(refusal(own), [])
         chunks = cut(np.append(values, 1.0), ring.numbers)
         parts = encrypted(encrypt, (public, ring), chunks, party.processes)
         return {**memory, "key": head.key}, link.seal(replace(own, parts=len(parts)), parts)
@@ -342,11 +327,8 @@ class CKKS(Channel):
         n, length = header.clients, max(header.length, 1 + _CANARY)  # the server's word
         expected = replace(self._head(b""), key=memory["key"], stage="sum", length=length, clients=n)
         header.require(replace(expected, parts=ceil(length / self.parameters.numbers) + (not public)))
-        if n < self.smallest_release:
-            raise TooFewClients(f"a sum of {n} clients: expected {self.smallest_release} to {self.clients}")
-        if n > self.clients:
-            raise RoundFailed(f"a sum of {n} clients: expected {self.smallest_release} to {self.clients}")
-        readers = [] if public else _readers(parts.pop(), n)
+        require_release(n, self.smallest_release, self.clients)
+        readers = [] if public else readers_from(parts.pop(), n, self.clients)
         running = RunningSum(Ring(memory["secret"], self.parameters, secret=True), length)
         running.add(parts)
         content = self._released(self._checked(running.decrypted(), n), n, running.parts)
@@ -420,44 +402,14 @@ class CKKS(Channel):
         """Checks a message with the key holder's public key -> its header, its parts and the parsed key."""
         header, parts = Link(party, sender).open(message)
         header.require(replace(self._head(parts[0] if parts else b""), parts=2))
-        public, signature = parts
-        verify(party.pinned(KEY_HOLDER), self._signed(party, public), signature)
-        return header, parts, public_ring(public, self.parameters)
+        require_signature(party, header, *parts)
+        return header, parts, public_ring(parts[0], self.parameters)
 
     def _head(self, public: bytes) -> Header:
         """The key holder's first message; all others of a round share what they agree on."""
         return Header("ckks", fingerprint(repr(self).encode()), fingerprint(public), "keys", parts=2, scale=self.step)
 
-    def _signed(self, party: Party, public: bytes) -> bytes:
-        """What the key holder signs: these parameters, this round, this key."""
-        return b"ckks keys" + fingerprint(repr(self).encode()) + pack(">q", party.round) + public
-
-
-def _refusal(header: Header) -> Header:
-    """The header of a client whose row does not fit: no parts, nobody's row."""
-    return replace(header, parts=0, clients=0)
-
 
 def _purpose(memory: Memory) -> bytes:
     """What a sealed sum is for: this key's, and no other."""
     return b"ckks sum" + memory["key"]
-
-
-def _readers(content: bytes, n: int) -> list[int]:
-    """The clients in the sum, as the server names them.
-
-    Raises:
-      Corrupt: they are not n clients. The server is none.
-    """
-    readers = [int(number) for number in np.frombuffer(content, "<i8")] if len(content) == 8 * n else []
-    if len(set(readers)) != n or min(readers) < 0:
-        raise Corrupt(f"a sum of {n} clients for {len(set(readers))} readers: expected those clients")
-    return readers
-
-
-def _only(exchange: Exchange, stage: str, request: bytes) -> bytes:
-    """The key holder's reply."""
-    reply = dict(exchange(stage, {KEY_HOLDER: request})).get(KEY_HOLDER)
-    if reply is None:
-        raise RoundFailed(f"the key holder did not answer to {stage!r}")
-    return reply

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 from secrets import token_bytes
@@ -16,14 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from privfm.checks import (
-    BrokenEnvelope,
     Corrupt,
     InvalidArgument,
     Overflow,
     ParameterMismatch,
     Replay,
     RoundFailed,
-    TooFewClients,
     at_least,
     positive,
     require,
@@ -57,8 +55,15 @@ from privfm.defenses.channels.gram.sketch import (
     usual_deviation,
     whole_weights,
 )
-from privfm.defenses.channels.gram.view import ASKED, LONGEST, GramView, Held, Row, commitment, numbers, only
-from privfm.defenses.channels.identities import sign, verify
+from privfm.defenses.channels.gram.view import ASKED, LONGEST, GramView, Held, Row, commitment, numbers
+from privfm.defenses.channels.key_holder import (
+    asked,
+    gathered,
+    refusal,
+    require_enough,
+    require_signature,
+    signature,
+)
 from privfm.defenses.delegated import decide, references_of
 
 BITS = 24
@@ -236,7 +241,7 @@ class CKKSGram(Channel):
     def _make_keys(self, party: Party, memory: Memory) -> tuple[Memory, bytes]:
         keys = new_keys(step_of(self.groups))
         head = self._head(keys.public)
-        parts = [keys.public, sign(party, self._signed(party, keys.public)), *keys.evaluation]
+        parts = [keys.public, signature(party, head, keys.public), *keys.evaluation]
         sealed = Link(party, SERVER).seal(replace(head, stage="keys", parts=len(parts)), parts)
         return {**memory, "secret": keys.secret, "key": head.key}, sealed
 
@@ -252,7 +257,7 @@ class CKKSGram(Channel):
         try:
             steps = self.steps(row)
         except Overflow:
-            return link.seal(_refusal(own), [])
+            return link.seal(refusal(own), [])
         values = np.append(steps / 2.0**BITS, 1.0)  # the canary: who decrypts knows what these must add up to
         sealed = [ring.encrypt(values[at : at + DEGREE]) for at in range(0, len(values), DEGREE)]
         return link.seal(replace(own, parts=len(sealed)), sealed)
@@ -281,7 +286,7 @@ class CKKSGram(Channel):
         hashes = [parts[0][at : at + 32] for at in range(0, len(parts[0]), 32)]
         if len(hashes) != n or len(parts[0]) != 32 * n or hashes != sorted(set(hashes)):
             raise Corrupt(f"a list of commitments that are not {n} different ones in order")
-        self._enough(n)
+        require_enough(n, 1, self.smallest_release)
         seed, committed = token_bytes(32), commitment(parts[0])
         kept = {**memory, "list": committed, "length": pack("<Q", header.length)}
         return kept, link.seal(replace(header, parts=2), [seed, committed])
@@ -352,7 +357,7 @@ class CKKSGram(Channel):
           TooFewClients: equal weights over fewer clients than may be summed.
           RoundFailed: they single out a client.
         """
-        self._enough(len(weights))
+        require_enough(len(weights), 1, self.smallest_release)
         free = self.gram_to_server and "list" in memory
         expected = np.frombuffer(memory["weights"], "<f8") if "weights" in memory else np.ones(len(weights))
         if not free and not np.array_equal(weights, expected):
@@ -363,10 +368,6 @@ class CKKSGram(Channel):
                 f"smallest_release={self.smallest_release}: the weights are effectively those of {size:.3g} client(s); "
                 "use MultiKrum, or a rule that averages more"
             )
-
-    def _enough(self, n: int) -> None:
-        if n < self.smallest_release:
-            raise TooFewClients(f"smallest_release={self.smallest_release}: only {n} client(s) answered")
 
     def _expected(self, memory: Memory, stage: str, header: Header, parts: int) -> Header:
         """What the server's message must say; how many clients, how many numbers and their unit is its word."""
@@ -380,42 +381,32 @@ class CKKSGram(Channel):
         if not cohort:
             return GramView(self, intake, exchange, None)
         server = exchange.server
-        header, parts = Link(server, KEY_HOLDER).open(only(exchange, "keys", b""))
+        header, parts = Link(server, KEY_HOLDER).open(asked(exchange, "keys", b""))
         head = self._checked_key(server, header, parts, 4)
-        public, signature, *evaluation = parts
+        public, signed, *evaluation = parts
         ring = ServerRing(public, evaluation)
         sent = replace(head, parts=2)
-        requests = {party: Link(server, party).seal(sent, [public, signature]) for party in cohort}
-        rows, bad = self._gathered(ring, head, exchange("update", requests), intake, server)
+        requests = {party: Link(server, party).seal(sent, [public, signed]) for party in cohort}
+        rows, bad = self._gathered(ring, head, requests, intake, exchange)
         return GramView(self, intake, exchange, Held(ring, head, dict(sorted(rows.items())), bad))
 
     def _gathered(
-        self, ring: ServerRing, head: Header, replies: Iterator[tuple[int, bytes]], intake: Intake, server: Party
+        self, ring: ServerRing, head: Header, requests: Mapping[int, bytes], intake: Intake, exchange: Exchange
     ) -> tuple[dict[int, Row], int]:
         """Every whole, fitting row that came, and how many were left out."""
         rows: dict[int, Row] = {}
-        broken = refused = 0
-        for party, reply in replies:
-            weight = intake.weights.get(party, 1.0)
-            own = replace(head, stage="update", length=intake.width, clients=1, weight=weight)
-            try:
-                header, parts = Link(server, party).open(reply)
-                if header == _refusal(own):
-                    refused += 1
-                    continue
-                header.require(replace(own, parts=chunks_of(intake.width + 1)))
-                committed = commitment(*parts)
-                if any(committed == other.committed for other in rows.values()):
-                    raise Replay("another client's ciphertext")
-                rows[party] = Row(committed, [ring.parsed(part) for part in parts])
-            except BrokenEnvelope:
-                broken += 1
+        own = replace(head, stage="update", length=intake.width, parts=chunks_of(intake.width + 1), clients=1)
+
+        def take(party: int, parts: list[bytes]) -> None:
+            committed = commitment(*parts)
+            if any(committed == other.committed for other in rows.values()):
+                raise Replay("another client's ciphertext")
+            rows[party] = Row(committed, [ring.parsed(part) for part in parts])
+
+        _, refused, broken = gathered(exchange, requests, own, intake, take)
         if refused and not rows:
             raise RoundFailed(f"bound={self.bound}: the rows of {refused} clients lie beyond; raise bound or clip")
-        if len(rows) < intake.least_answers:
-            raise TooFewClients(f"least_answers={intake.least_answers}: {len(rows)} client(s) answered")
-        if rows:
-            self._enough(len(rows))
+        require_enough(len(rows), intake.least_answers, self.smallest_release)
         return rows, broken + refused
 
     def _checked_key(self, party: Party, header: Header, parts: Sequence[bytes], count: int) -> Header:
@@ -423,20 +414,11 @@ class CKKSGram(Channel):
         public = parts[0] if parts else b""
         head = self._head(public)
         header.require(replace(head, parts=count))
-        verify(party.pinned(KEY_HOLDER), self._signed(party, public), parts[1])
+        require_signature(party, head, public, parts[1])
         return head
 
     def _head(self, public: bytes) -> Header:
         return Header("ckksgram", fingerprint(repr(self).encode()), fingerprint(public), "keys", scale=self.bound)
-
-    def _signed(self, party: Party, public: bytes) -> bytes:
-        """What the key holder signs: these parameters, this round, this key."""
-        return b"ckksgram keys" + fingerprint(repr(self).encode()) + pack(">q", party.round) + public
-
-
-def _refusal(header: Header) -> Header:
-    """The header of a client whose row does not fit: no parts, nobody's row."""
-    return replace(header, parts=0, clients=0)
 
 
 def _at_least_parts(link: Link, message: bytes, least: int) -> tuple[Header, list[bytes]]:

@@ -24,6 +24,7 @@ from privfm.defenses.channels.gram.sketch import (
     sketched,
     whole_weights,
 )
+from privfm.defenses.channels.key_holder import asked
 
 if TYPE_CHECKING:
     from privfm.defenses.channels.gram.channel import CKKSGram
@@ -122,8 +123,8 @@ class GramView(View):
         scale, plain = self._on_wire(references)
         link = Link(self._exchange.server, KEY_HOLDER)
         committed = b"".join(sorted(row.committed for row in held.rows.values()))
-        asked = replace(held.head, stage="signs", length=width, parts=1, clients=self.n, scale=scale)
-        answer = link.expect(only(self._exchange, "signs", link.seal(asked, [committed])), asked)
+        said = replace(held.head, stage="signs", length=width, parts=1, clients=self.n, scale=scale)
+        answer = link.expect(asked(self._exchange, "signs", link.seal(said, [committed])), said)
         if len(answer) != 2 or answer[1] != commitment(committed):
             raise Replay("a seed for another list of commitments")
         draw = Draw.expand(answer[0], answer[1], chunks_of(width + 1), channel.groups)
@@ -131,8 +132,8 @@ class GramView(View):
         known = (short @ short.T).astype("<f8").tobytes()
         asking = ASKED.pack(len(plain), self.bad, seed)
         parts = [answer[1], asking, known, *self._products(held, draw, short)]
-        asked = replace(asked, stage="weights", parts=len(parts))
-        answer = link.expect(only(self._exchange, "weights", link.seal(asked, parts)), asked)
+        said = replace(said, stage="weights", parts=len(parts))
+        answer = link.expect(asked(self._exchange, "weights", link.seal(said, parts)), said)
         if len(answer) != (2 if channel.gram_to_server else 3):
             raise Corrupt(f"an answer of {len(answer)} parts")
         return answer
@@ -184,9 +185,9 @@ class GramView(View):
                     term = row.chunks[chunk]
                     ring.add(total, term if factor is None else ring.times(term, factor))
             parts.append(ring.serialized(total))
-        asked = replace(held.head, stage="sum", length=width, parts=len(parts), clients=self.n)
+        said = replace(held.head, stage="sum", length=width, parts=len(parts), clients=self.n)
         link = Link(self._exchange.server, KEY_HOLDER)
-        answer = link.expect(only(self._exchange, "sum", link.seal(asked, parts)), asked)
+        answer = link.expect(asked(self._exchange, "sum", link.seal(said, parts)), said)
         if len(answer) != 1 or len(answer[0]) != 8 * width:
             raise Corrupt(f"a sum of {sum(map(len, answer))} bytes, expected 8 for each of {width} numbers")
         values: Array = np.frombuffer(answer[0], "<i8") * (unit * self._channel.step)
@@ -196,14 +197,6 @@ class GramView(View):
 def commitment(*parts: bytes) -> bytes:
     """SHA-256 of the parts, each with its length."""
     return sha256(b"".join(piece for part in parts for piece in (pack(">Q", len(part)), part))).digest()
-
-
-def only(exchange: Exchange, stage: str, request: bytes) -> bytes:
-    """The key holder's reply."""
-    reply = dict(exchange(stage, {KEY_HOLDER: request})).get(KEY_HOLDER)
-    if reply is None:
-        raise RoundFailed(f"the key holder did not answer to {stage!r}")
-    return reply
 
 
 def numbers(content: bytes, count: int) -> Array:

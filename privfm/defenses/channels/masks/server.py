@@ -14,6 +14,7 @@ from privfm.checks import BrokenEnvelope, Corrupt, Replay, RoundFailed, TooFewCl
 from privfm.contracts import Exchange, Intake
 from privfm.defenses.channels.envelope import Header, Link
 from privfm.defenses.channels.identities import verify
+from privfm.defenses.channels.key_holder import require_enough
 from privfm.defenses.channels.masks.client import NO_SHARE, sign_of
 from privfm.defenses.channels.masks.expansion import centred, subtract_mask, unpacked, word
 from privfm.defenses.channels.masks.graph import MaskGraph, ring
@@ -273,11 +274,7 @@ class MaskedSum:
         return [(owner, self._boxes[owner][party]) for owner in around if owner in self._boxes and owner != party]
 
     def _require_answers(self, answered: int) -> None:
-        least, release = self._intake.least_answers, self._channel.smallest_release
-        if answered < least:
-            raise TooFewClients(f"least_answers={least}: {answered} client(s) answered; their sum stays closed")
-        if 0 < answered < release:
-            raise TooFewClients(f"smallest_release={release}: only {answered} client(s) answered")
+        require_enough(answered, self._intake.least_answers, self._channel.smallest_release)
 
     def _require_neighbours(self, graph: MaskGraph, left: Collection[int]) -> None:
         for owner in self._commitments:

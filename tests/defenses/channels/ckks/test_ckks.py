@@ -12,7 +12,7 @@ from privfm.contracts import KEY_HOLDER, Encoded
 from privfm.defenses.channels import CKKS
 from privfm.defenses.channels.ckks.ciphertexts import Ring, encrypt, public_ring
 from privfm.defenses.channels.envelope import fingerprint
-from privfm.defenses.channels.identities import sign
+from privfm.defenses.channels.key_holder import signature
 
 CHANNEL = CKKS(bound=1.0, clients=8)
 NUMBERS = CHANNEL.parameters.numbers
@@ -232,7 +232,7 @@ def test_a_secret_key_in_the_key_holders_message_is_refused(channel, wire, roste
     message = dict(line("keys", {KEY_HOLDER: b""}))[KEY_HOLDER]
     header, _ = roster.opened(message, KEY_HOLDER)
     secret, holder = line.memories[KEY_HOLDER]["secret"], roster.party(KEY_HOLDER)
-    signed = [secret, sign(holder, channel._signed(holder, secret))]
+    signed = [secret, signature(holder, channel._head(b""), secret)]
     forged = roster.sealed(replace(header, key=fingerprint(secret)), signed, KEY_HOLDER)
     with pytest.raises(BrokenEnvelope, match="secret"):
         channel._open_keys(line.server, KEY_HOLDER, forged)

@@ -21,7 +21,7 @@ from privfm.contracts import KEY_HOLDER, SERVER
 from privfm.defenses.channels import CKKS
 from privfm.defenses.channels.ckks.ciphertexts import Ring, RunningSum, encrypt, new_keys, public_ring, written
 from privfm.defenses.channels.envelope import Header, fingerprint
-from privfm.defenses.channels.identities import sign
+from privfm.defenses.channels.key_holder import signature
 
 CHANNEL = CKKS(bound=1.0, clients=8)
 CLIENTS = replace(CHANNEL, release="clients")
@@ -159,7 +159,7 @@ def test_a_sum_that_wrapped_is_not_released(channel, added, wire, roster):
 def test_the_server_is_no_reader_of_a_sum_for_clients(readers, wire, roster):
     memory, message = keys_of(CLIENTS, wire)
     head, parts = request_of(CLIENTS, message, roster)
-    with pytest.raises(Corrupt, match="expected those clients"):
+    with pytest.raises(Corrupt, match="expected 3 different clients"):
         decrypt(CLIENTS, memory, roster.sealed(head, [parts[0], readers], SERVER, KEY_HOLDER), roster)
 
 
@@ -181,7 +181,7 @@ def test_a_broken_message_of_the_key_holder_is_named(channel, stage, broken, wir
 
 def signed(header, content, roster):
     holder = roster.party(KEY_HOLDER)
-    parts = [content, sign(holder, CHANNEL._signed(holder, content))]
+    parts = [content, signature(holder, CHANNEL._head(b""), content)]
     return roster.sealed(replace(header, key=fingerprint(content)), parts, KEY_HOLDER)
 
 
@@ -212,10 +212,10 @@ def test_keys_of_other_parameters_are_refused(other, wire, roster):
 
 
 def test_a_server_cannot_put_its_own_key_in_place_of_the_key_holders(wire, roster, key):
-    header, (_, signature) = roster.opened(keys_of(CHANNEL, wire)[1], KEY_HOLDER)
+    header, (_, theirs) = roster.opened(keys_of(CHANNEL, wire)[1], KEY_HOLDER)
     forged = replace(header, key=fingerprint(key[0]))
-    own = sign(roster.party(SERVER), CHANNEL._signed(roster.party(SERVER), key[0]))
-    for proof in (signature, own):
+    own = signature(roster.party(SERVER), CHANNEL._head(b""), key[0])
+    for proof in (theirs, own):
         message = roster.sealed(forged, [key[0], proof], SERVER, 3)
         with pytest.raises(Corrupt, match="signature"):
             CHANNEL.answer(roster.party(3), "update", {}, message, lambda: None)
