@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from inspect import isabstract
 from math import isfinite
@@ -126,12 +125,16 @@ def _sizes(outline: Outline, measurable: bool) -> Iterator[tuple[str, str]]:
     ends = "" if outline.rounds == outline.asked else f" of {outline.asked}: then the budget is spent"
     yield "cohort", f"{expected:g} expected, {largest:,} at most, a round; {outline.rounds} rounds{ends}"
     yield "smallest cohort", _smallest_cohort(arm)
-    up = None
+    up: float | None = None
     if measurable:
-        up, down, exact = measured_bytes(arm, d, round(arm.sampling.expected(outline.clients)))
-        about = "" if exact else "about "
-        yield "bytes up", f"{about}{bytes_text(up)} ({up:,.0f}) a client and round"
-        yield "bytes down", f"{about}{bytes_text(down)} ({down:,.0f}) a client and round, the model included"
+        try:
+            up, down, exact = measured_bytes(arm, d, round(arm.sampling.expected(outline.clients)))
+        except RoundFailed as reason:
+            yield "bytes", f"not measured: {reason}"
+        else:
+            about = "" if exact else "about "
+            yield "bytes up", f"{about}{bytes_text(up)} ({up:,.0f}) a client and round"
+            yield "bytes down", f"{about}{bytes_text(down)} ({down:,.0f}) a client and round, the model included"
     if arm.plan is not None and arm.plan.integers is not None and measurable and arm.plan.noise_multiplier > 0:
         wrapped = arm.plan.integers.wrap_probability(arm.plan.noise_multiplier, d)
         yield "modulus", f"a round loses a coordinate to it with probability {wrapped:.2g} at most; epsilon is the same"
@@ -158,6 +161,8 @@ def _memory(arm: Arm, d: int, largest: int, up: float | None) -> str:
     if Reveals.SUM in (arm.channel.reveals, needs):
         ciphertext = (up or 0.0) if arm.channel.key_holder_stages else 0.0
         return f"{bytes_text(max(8.0 * d, ciphertext))}: one running sum, whatever the cohort"
+    if arm.channel.reveals is Reveals.GRAM:
+        return f"{bytes_text(largest * max(4.0 * d, up or 0.0))} at most: every encrypted update of a cohort"
     rows = arm.channel.rows(largest)
     what, count = ("every update", largest) if rows is None else ("the mean of every group", rows)
     return f"{bytes_text(4.0 * count * d)} at most: {what} of a cohort ({count:,} x {d:,} x 4 bytes)"
@@ -176,6 +181,9 @@ def measured_bytes(arm: Arm, d: int, clients: int = 2) -> tuple[float, float, bo
 
     Returns:
       Bytes up and down (the model included) a client and round, and whether they were measured at full width.
+
+    Raises:
+      RoundFailed: the protocol does not finish with so many.
     """
     whole = d + 1 if arm.plan is not None and arm.plan.adaptive else d  # a share of the count travels with the row
     width = min(whole, LARGEST_MEASURED)
@@ -206,8 +214,8 @@ def _played_bytes(arm: Arm, width: int, clients: int) -> tuple[float, float]:
 
     cohort, channel = range(clients), arm.wire
     traffic = Traffic(Local(clients).open(channel, sealed, Cast(0, cohort)))
-    with suppress(RoundFailed):  # a floor above what is measured here; rows have been sent by then
-        channel.collect(cohort, Intake(arm.codecs, width, Reveals.SUM), traffic).total()
+    view = channel.collect(cohort, Intake(arm.codecs, width, Reveals.SUM), traffic)
+    _ = view.total()
     return traffic.up_per_client, traffic.down_per_client
 
 

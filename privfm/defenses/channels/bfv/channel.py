@@ -102,7 +102,7 @@ class BFV(Channel):
     Under a plan, whether a round fails may depend on how many clients came: let fewer than `smallest_release`, or more
     than `clients`, be improbable next to the plan's delta.
 
-    Cost: 8.3 to 16 bytes a parameter and client for sums up to 2^39 (`parameters.bytes_a_parameter`), 0.03 to 0.1 MB
+    Cost: 8.3 to 17 bytes a parameter and client for sums up to 2^39 (`parameters.bytes_a_parameter`), 0.03 to 0.1 MB
     of keys (2.5 times that with "clients"); rows are padded to whole ciphertexts of 2048 or 4096 numbers.
 
     Args:

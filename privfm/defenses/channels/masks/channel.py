@@ -174,7 +174,12 @@ class PairwiseMasks(Channel):
         return 1.0
 
     def facts(self, d: int, n: int) -> Mapping[str, str]:
-        return {"masks": self.graph(max(2, min(n, self.clients))).statement}
+        return {"masks": self.graph(min(max(n, self.least_clients), self.clients)).statement}
+
+    @property
+    def least_clients(self) -> int:
+        agreeing = 3 * int(self.corrupt * self.clients + 1e-9) + 1 if self.active else 2
+        return max(self.smallest_release, agreeing)
 
     @property
     def learns(self) -> Mapping[str, str]:
