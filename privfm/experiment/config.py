@@ -159,3 +159,12 @@ def resolved(value: object) -> Any:
     if isinstance(value, FunctionType):
         return f"{value.__module__}.{value.__qualname__}"  # somebody's own training loop
     return value
+
+
+def described(value: object) -> str:
+    """A part of a configuration with what differs from its defaults, for people: `CKKS(bound=2.0, clients=60)`."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return repr(value)
+    own = ((item, getattr(value, item.name)) for item in fields(value))
+    shown = (f"{item.name}={described(each)}" for item, each in own if each != item.default)
+    return f"{type(value).__name__}({', '.join(shown)})"

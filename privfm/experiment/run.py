@@ -27,7 +27,7 @@ from privfm.contracts import (
     Task,
 )
 from privfm.engines import Local
-from privfm.experiment.config import ArmSpec, RunConfig, resolved
+from privfm.experiment.config import ArmSpec, RunConfig, described, resolved
 from privfm.experiment.measures import backdoor, column, detection
 from privfm.federation import Arm, Federation, Population, choose_malicious, load, public_sizes, rounds, save
 from privfm.learning.learner import ModelLearner
@@ -213,6 +213,7 @@ def _summary(
         "adapters": None if config.adapters is None else config.adapters.mode,
         "channel": repr(config.channel),
         "channel_name": type(config.channel).__name__,
+        "channel_settings": described(config.channel),
         "learns": dict(federation.arm.wire.learns),
         "unprotected": federation.arm.wire.unprotected(learner.d),
         "attack": None if config.attack is None else repr(config.attack),

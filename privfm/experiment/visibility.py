@@ -19,8 +19,8 @@ SUMMARY: dict[str, Visibility] = {
     **dict.fromkeys(
         (
             "arm", "title", "kind", "utility_metric", "utility_n", "utility_unit", "higher_is_better",
-            "trivial_utility", "rule_name", "channel_name", "learns", "unprotected", "attack_name", "attack_knowledge",
-            "trained_values", "clients", "cohort_expected", "client_examples",
+            "trivial_utility", "rule_name", "channel_name", "channel_settings", "learns", "unprotected",
+            "attack_name", "attack_knowledge", "trained_values", "clients", "cohort_expected", "client_examples",
         ),
         "public",
     ),

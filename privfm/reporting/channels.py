@@ -29,13 +29,13 @@ def who_learns_what(experiment: Experiment) -> ReportTable | None:
         "In the clear: share of each client's update that the server reads. A sum says something of everybody in it: "
         "only a plan's noise bounds what.",
     )
-    return ReportTable(columns, rows, notes, (), "Who learns what")
+    return ReportTable(columns, rows, notes, (), "Who learns what", words=True)
 
 
 def _cells(arm: ArmResult, in_full: bool) -> tuple[str, ...]:
     learns = arm.facts["learns"]
     return (
-        str(arm.facts["channel"] if in_full else arm.facts["channel_name"]),
+        str(arm.facts["channel_settings" if in_full else "channel_name"]),
         f"{100 * float(arm.facts['unprotected']):.3g} %",
         *(str(learns.get(role, MISSING)) for role in _ROLES),
         bytes_text(arm.mean("bytes_up_per_client")),

@@ -42,6 +42,7 @@ class ReportTable:
       notes: how to read the numbers.
       guarantees: one paragraph a private arm: the whole record of its epsilon.
       title: for readers.
+      words: its cells are phrases, not numbers.
     """
 
     columns: tuple[Column, ...]
@@ -49,6 +50,7 @@ class ReportTable:
     notes: tuple[str, ...]
     guarantees: tuple[str, ...]
     title: str = "All arms"
+    words: bool = False
 
     def groups(self) -> list[tuple[str, list[TableRow]]]:
         """The rows, with neighbours of one group together."""
@@ -79,7 +81,7 @@ class ReportTable:
             pad_edge=False,
         )
         for number, column in enumerate(self.columns):
-            table.add_column(Text(column.short), justify="left" if number == 0 else "right")
+            table.add_column(Text(column.short), justify="left" if self.words or number == 0 else "right")
         for _, rows in self.groups():
             for row in rows:
                 table.add_row(*(Text(cell) for cell in row.cells))
