@@ -248,21 +248,44 @@ class ServerRing(PublicRing):
 
     def product(self, first: Any, other: Any) -> SecretProduct:
         """The constant coefficient of a product of two ciphertexts."""
+        return self.inner_product([first], [other])
+
+    def inner_product(self, first: Sequence[Any], other: Sequence[Any]) -> SecretProduct:
+        """The inner product of two encrypted vectors, the second `reversed`, of one or several ciphertexts each.
+
+        What is multiplied is added up first and relinearised once.
+        """
         import tenseal.sealapi as seal
 
-        found = seal.Ciphertext()
-        self.evaluator.multiply(first, other, found)
-        self.evaluator.relinearize_inplace(found, self._relin)
-        return self._constant(found)
+        total = seal.Ciphertext()
+        self.evaluator.multiply(first[0], other[0], total)
+        for a, b in zip(first[1:], other[1:], strict=True):
+            term = seal.Ciphertext()
+            self.evaluator.multiply(a, b, term)
+            self.evaluator.add_inplace(total, term)
+        self.evaluator.relinearize_inplace(total, self._relin)
+        return self._constant(total)
 
     def plain_product(self, first: Any, values: Array) -> SecretProduct:
         """The inner product of an encrypted vector and a plain one `(N,)`."""
-        plain = self.encode(_reversed(values))
-        if plain.is_zero():  # SEAL refuses a product that hides nothing
-            zero = self.zero(None)
-            zero.scale = SCALE**2
-            return self._constant(zero)
-        return self._constant(self.times(first, plain))
+        return self.plain_inner_product([first], [values])
+
+    def plain_inner_product(self, first: Sequence[Any], values: Sequence[Array]) -> SecretProduct:
+        """The inner product of an encrypted vector and a plain one, in pieces `(N,)` for each ciphertext."""
+        total = None
+        for ciphertext, piece in zip(first, values, strict=True):
+            plain = self.encode(_reversed(piece))
+            if plain.is_zero():  # SEAL refuses a product that hides nothing
+                continue
+            term = self.times(ciphertext, plain)
+            if total is None:
+                total = term
+            else:
+                self.add(total, term)
+        if total is None:
+            total = self.zero(None)
+            total.scale = SCALE**2
+        return self._constant(total)
 
     def _constant(self, product: Any) -> SecretProduct:
         self.evaluator.rescale_to_next_inplace(product)

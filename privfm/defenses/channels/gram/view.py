@@ -128,10 +128,11 @@ class GramView(View):
         if len(answer) != 2 or answer[1] != commitment(committed):
             raise Replay("a seed for another list of commitments")
         draw = Draw.expand(answer[0], answer[1], chunks_of(width + 1), channel.groups)
-        short = sketched(plain, draw)
+        short = sketched(plain, draw) if channel.sketch else plain
         known = (short @ short.T).astype("<f8").tobytes()
         asking = ASKED.pack(len(plain), self.bad, seed)
-        parts = [answer[1], asking, known, *self._products(held, draw, short)]
+        products = self._of_sketches(held, draw, short) if channel.sketch else self._of_rows(held, short)
+        parts = [answer[1], asking, known, *products]
         said = replace(said, stage="weights", parts=len(parts))
         answer = link.expect(asked(self._exchange, "weights", link.seal(said, parts)), said)
         if len(answer) != (2 if channel.gram_to_server else 3):
@@ -155,15 +156,11 @@ class GramView(View):
             raise Overflow(f"bound={self._channel.bound}: a reference has {longest:.4g} bounds; raise bound")
         return self._channel.bound * factor, values
 
-    def _products(self, held: Held, draw: Draw, references: Array) -> Iterator[bytes]:
-        """Packed inner products: of clients i <= j, then of each client with each reference."""
-        ring, place = held.ring, self._intake.width % DEGREE
-        canary = ring.encode(np.eye(1, place + 1, place)[0])
+    def _of_sketches(self, held: Held, draw: Draw, references: Array) -> Iterator[bytes]:
+        """Packed inner products of sketches: of clients i <= j, then of each client with each reference."""
+        ring = held.ring
         monomials = monomials_of(ring, draw)
-        sketches = []
-        for row in held.rows.values():
-            chunks = [*row.chunks[:-1], ring.without(row.chunks[-1], canary)]
-            sketches.append(encrypted_sketch(ring, chunks, monomials, draw))
+        sketches = [encrypted_sketch(ring, chunks, monomials, draw) for chunks in self._without_canaries(held)]
         for j, sketch in enumerate(sketches):
             mirrored = ring.reversed(sketch)
             for other in sketches[: j + 1]:
@@ -171,6 +168,25 @@ class GramView(View):
         for sketch in sketches:
             for reference in references:
                 yield ring.plain_product(sketch, reference).packed()
+
+    def _of_rows(self, held: Held, references: Array) -> Iterator[bytes]:
+        """The same of whole rows."""
+        ring, rows = held.ring, self._without_canaries(held)
+        for j, chunks in enumerate(rows):
+            mirrored = [ring.reversed(chunk) for chunk in chunks]
+            for other in rows[: j + 1]:
+                yield ring.inner_product(other, mirrored).packed()
+        padded = np.zeros((len(references), chunks_of(self._intake.width + 1) * DEGREE))
+        padded[:, : self._intake.width] = references
+        for chunks in rows:
+            for reference in padded:
+                yield ring.plain_inner_product(chunks, np.split(reference, len(chunks))).packed()
+
+    def _without_canaries(self, held: Held) -> list[list[Any]]:
+        """The clients' ciphertexts as they are measured."""
+        place = self._intake.width % DEGREE
+        canary = held.ring.encode(np.eye(1, place + 1, place)[0])
+        return [[*row.chunks[:-1], held.ring.without(row.chunks[-1], canary)] for row in held.rows.values()]
 
     def _opened(self, held: Held, weights: Array) -> Array:
         """The stage "sum" -> the weighted sum of rows on the wire, `(w,)` float64."""

@@ -42,10 +42,12 @@ class PairwiseMasks(Channel):
 
     Who learns what. The server: who took part, and the sum modulo m. Clients: who their neighbours are, and which of
     them survived. Semi-honest (`active=False`): it holds while the server does what is written here, whatever it
-    computes from what it sees, together with up to a share `corrupt` of the clients, and but for the probability that
-    `graph` states. A server that lies gets rows: it can pass on keys of its own making (and then reads every share), or
-    surround a client with corrupt neighbours, who give both secrets. With honest neighbours and true keys a lie about
-    who dropped out alone gives nothing: more than half of the holders of a client's shares must tell the same story.
+    computes from what it sees, together with up to a share `corrupt` of the clients that announce keys, and but for the
+    probability that `graph` states. A server that lies gets rows: it can pass on keys of its own making (and then reads
+    every share), or surround a client with corrupt neighbours, who give both secrets. With honest neighbours and true
+    keys, lies about who dropped out do not open both secrets of a client: more than half of the holders of its shares
+    must tell the same story. But who hears which story is the server's choice, client by client, so that it may open
+    the sum of fewer clients than `smallest_release` (4 of 10, say), and where not all are neighbours cut some off.
 
     Active (`active=True`): also while the server lies. Keys are signed by pinned identities, all clients are neighbours
     (or it would choose the victim's), the threshold is above 2n/3, and nobody unmasks before so many have signed the
@@ -141,7 +143,7 @@ class PairwiseMasks(Channel):
           TooFewClients: active mode, and a third of them may be corrupt.
         """
         if self.active:
-            graph = mask_graph.active(clients, int(self.corrupt * self.clients + 1e-9), self.dropouts)
+            graph = mask_graph.active(clients, self.assumed, self.dropouts)
         elif self.neighbours is None:
             graph = mask_graph.smallest(clients, self.corrupt, self.dropouts)
         else:
@@ -152,6 +154,11 @@ class PairwiseMasks(Channel):
             "ask fewer clients, assume fewer corrupt or missing, or do without active",
         )
         return graph
+
+    @property
+    def assumed(self) -> int:
+        """Most clients that may be corrupt, of `clients`; in the active mode however few answer."""
+        return int(self.corrupt * self.clients + 1e-9)  # 0.29 of 100 are 29
 
     @property
     def client_stages(self) -> tuple[str, ...]:  # type: ignore[override]  # a constant of the class elsewhere
@@ -184,7 +191,7 @@ class PairwiseMasks(Channel):
     @property
     def learns(self) -> Mapping[str, str]:
         server = "does whatever it likes" if self.active else "follows the protocol"
-        least = "under a third" if self.active else f"at most a share {self.corrupt:g}"
+        least = f"at most {self.assumed}" if self.active else f"at most a share {self.corrupt:g}"
         return {
             "server": "who took part, and the sum modulo m",
             "clients": "their neighbours, who of them survived, the released model",

@@ -63,7 +63,8 @@ def deal(channel: PairwiseMasks, party: Party, memory: Memory, request: bytes) -
     """Stage "shares": a fresh seed and the mask key, in shares for the neighbours and itself.
 
     Raises:
-      Corrupt: the server names other keys than this client's own, or keys without their client's signature.
+      Corrupt: the server names other keys than this client's own, keys without their client's signature, or itself or
+        a key holder as a client.
       ParameterMismatch: it names another number of neighbours than the bound asks for.
       TooFewClients: a sum of so few would not be opened anyway.
     """
@@ -71,6 +72,8 @@ def deal(channel: PairwiseMasks, party: Party, memory: Memory, request: bytes) -
     _require_release(channel, header.clients)
     graph = channel.graph(header.clients)
     holders = Announced.all_from(content)
+    if holders and holders[0].number < 0:  # they ascend
+        raise Corrupt(f"party {holders[0].number} is no client, and is to be a neighbour of client {party.number}")
     if memory["own"] not in [each.to_bytes() for each in holders]:
         raise Corrupt(f"client {party.number} is asked to share keys that are not its own")
     if len(holders) != graph.neighbours + 1:

@@ -703,7 +703,7 @@ def test_what_it_says_of_itself():
     assert facts["inner products"].startswith("55 of sketches")
     assert CHANNEL.facts(D, 3)["squared distances"] == "exact"
     assert repr(CKKSGram(bound=1.0)) == (
-        "CKKSGram(bound=1.0, rule=None, smallest_release=2, max_references=1, groups=16, gram_to_server=False)"
+        "CKKSGram(bound=1.0, rule=None, smallest_release=2, max_references=1, groups=16, sketch=True, gram_to_server=False)"
     )
 
 
@@ -725,3 +725,38 @@ def test_messages_go_by_the_envelope(finished, roster):
     """Nothing is parsed that is not from its sender to its receiver in this round."""
     for stage, party, content in finished[0].received:
         assert Link(roster.party(SERVER), party).open(content)[0].scheme == "ckksgram", stage
+
+
+# Without a sketch
+
+
+@pytest.mark.parametrize("d", [40, DEGREE - 1, 2 * DEGREE + 5])
+def test_whole_rows_are_measured_exactly(d, wire, gaussian, intake):
+    """Inner products of clients and of a reference; a sketch of the same rows is off as soon as there are two chunks."""
+    rows, reference = gaussian(3, d), torch.randn(1, d, generator=torch.Generator().manual_seed(5)) / d**0.5
+    ordered = torch.stack([rows[party] for party in sorted(rows)])
+    exact = MatrixView(ordered).gram(reference)
+    grams = []
+    for sketch in (False, True):
+        channel = CKKSGram(bound=1.0, sketch=sketch, gram_to_server=True)
+        view = channel.collect(list(rows), intake(d, Reveals.GRAM), wire(channel, rows))
+        grams.append(view.gram(reference))
+    torch.testing.assert_close(grams[0], exact, rtol=0, atol=1e-5)
+    assert d < DEGREE or float((grams[1] - exact).abs().max()) > 1e-4
+
+
+def test_a_rule_that_is_run_by_the_key_holder_sees_exact_distances(wire, gaussian, intake):
+    channel = CKKSGram(bound=1.0, sketch=False).with_rule(MultiKrum(f=1, m=2))
+    rows = gaussian(6, DEGREE + 9)
+    view, outcome, _, _ = played(channel, rows, wire, intake)
+    matrix = MatrixView(torch.stack([rows[party] for party in sorted(rows)]))
+    plain = MultiKrum(f=1, m=2).aggregate({}, matrix, torch.Generator())[1]
+    assert torch.equal(outcome.weights > 0, plain.weights > 0)
+    torch.testing.assert_close(outcome.vector, plain.vector, rtol=0, atol=1e-5)
+
+
+def test_a_reference_of_zeros_is_measured_without_a_sketch(wire, gaussian, intake):
+    channel = CKKSGram(bound=1.0, sketch=False, gram_to_server=True)
+    rows = gaussian(2, 40)
+    gram = channel.collect(list(rows), intake(40, Reveals.GRAM), wire(channel, rows)).gram(torch.zeros(1, 40))
+    assert float(gram[2].abs().max()) < 1e-6

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from privfm.checks import BrokenEnvelope, Corrupt, InvalidArgument, ParameterMismatch, TooFewClients
-from privfm.contracts import SERVER
+from privfm.contracts import KEY_HOLDER, SERVER
 from privfm.defenses.channels.identities import sign
 from privfm.defenses.channels.masks import PairwiseMasks
 from privfm.defenses.channels.masks.client import sign_of
@@ -458,3 +458,72 @@ def test_what_is_confirmed_names_everything_that_a_client_was_told(roster):
     contents = {confirmation(party, **{**base, name: other}) for name, other in others.items()}
     contents |= {confirmation(party, **base), confirmation(roster.party(3, now=1), **base)}
     assert len(contents) == 6
+
+
+@pytest.mark.parametrize("impostor", [SERVER, KEY_HOLDER])
+def test_active_the_server_is_no_client(impostor, wire, roster, intake):
+    """Its identity is pinned too: as one more client it would count among those a sum is hidden in, and sign twice."""
+    rows = whole_rows(7, 3)
+    line = wire(ACTIVE, rows)
+
+    def lie(stage, party, parts):
+        if stage != "shares":
+            return parts
+        kept = Announced.all_from(parts[0])[1:]  # seven with its own
+        mine = Announced(impostor, public_of(token_bytes(32)), public_of(token_bytes(32)))
+        mine = mine.signed_by(roster.party(impostor), line.memories[VICTIM]["session"])
+        return [b"".join(each.to_bytes() for each in [mine, *kept])]
+
+    lying = Lying(line, roster, lambda stage, party, parts: lie(stage, party, parts) if party == VICTIM else parts)
+    with pytest.raises(Corrupt, match="no client"):
+        ACTIVE.collect(list(rows), intake(3), lying)
+
+
+def test_active_what_is_assumed_is_said_as_a_number():
+    """With 20 of 100 assumed, 61 may answer; a third of 100 among them would back two stories: 2 * 41 <= 61 + 33."""
+    channel = PairwiseMasks(clients=100, active=True)
+    threshold = channel.graph(61).threshold
+    assert 2 * threshold <= 61 + 33
+    assert 2 * threshold > 61 + 20
+    assert "at most 20 of the clients" in channel.learns["trust"]
+
+
+def test_semi_honest_lies_about_drop_outs_open_a_sum_below_the_floor(wire, roster, intake):
+    """Each client keeps to its floor of 6; of ten stories, told to ten clients, a sum of 4 rows comes together.
+
+    Every client hears of four drop-outs. Of each of six clients six others hear that it dropped out, which opens its
+    mask key; of the four others everybody hears that they survived.
+    """
+    channel = PairwiseMasks(clients=10, corrupt=0.0, dropouts=0.4, smallest_release=6)
+    rows = whole_rows(10, 30)
+    order = sorted(rows)
+    gone, kept = order[:6], order[6:]
+    assert channel.graph(10).threshold == 6
+    told = {party: [gone[(place + 1 + step) % 6] for step in range(4)] for place, party in enumerate(gone)}
+    told |= {party: [gone[(3 * place + step) % 6] for step in range(3)] for place, party in enumerate(kept)}
+
+    def lie(stage, party, parts):
+        if stage != "unmask":
+            return parts
+        return [numbers_to_bytes(set(order) - set(told[party])), numbers_to_bytes(told[party])]
+
+    line = wire(channel, rows)
+    view = channel.collect(list(rows), intake(30), Lying(line, roster, lie))
+    with contextlib.suppress(TooFewClients):
+        view.total()
+    announced = {p: Announced.all_from(roster.opened(r, p)[1][0])[0] for p, r in line.replies("keys").items()}
+    shares = {owner: [] for owner in order}
+    for place, (party, reply) in enumerate(sorted(line.replies("unmask").items())):
+        content = roster.opened(reply, party)[1][0]
+        for at, owner in enumerate(order):
+            if (owner in told[party]) == (owner in gone):
+                shares[owner].append((place + 1, content[33 * at + 1 : 33 * (at + 1)]))
+    total = np.zeros(30, np.uint32)
+    for party in kept:
+        total += np.frombuffer(roster.opened(line.replies("masked")[party], party)[1][0], "<u4")
+        subtract_mask(total, join(shares[party], 6))
+    for dropped in gone:
+        secret = loaded(join(shares[dropped], 6))
+        for party in kept:
+            sign_of(dropped, party)(total, mask_key(secret, announced[dropped], announced[party], 0))
+    assert total.view(np.int32).tolist() == plain(rows, kept)
