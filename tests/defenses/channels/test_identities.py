@@ -82,3 +82,10 @@ def test_a_secret_shows_nowhere():
     for dump in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="not pickled"):
             dump(own if dump is not copy.copy else identity)
+
+
+def test_a_pinned_identity_that_is_no_key_is_named():
+    """A point of small order would agree on one and the same secret with everybody."""
+    low = Party(1, 0, IDENTITIES[1], lambda other: public_identity(IDENTITIES[2])[:32] + bytes(32))
+    with pytest.raises(InvalidArgument, match=r"pinned\(2\)"):
+        pair_key(low, 2, b"x", sending=True)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from privfm.checks import BrokenEnvelope
+from privfm.checks import BrokenEnvelope, Corrupt
 from privfm.contracts import SERVER, Encoded, MatrixView, Reveals, Transform
 from privfm.defenses.channels import Plaintext
+from privfm.defenses.channels.envelope import Header
 from privfm.defenses.channels.plaintext import packed, unpacked
 from privfm.defenses.views import SumView
 
@@ -161,3 +162,22 @@ def test_unpacking_names_what_is_wrong():
         unpacked(save({"rows": torch.zeros(1, 4)}), 5)
     with pytest.raises(BrokenEnvelope, match="no safetensors file"):
         unpacked(b"\x10", 5)
+
+
+def test_a_row_from_the_same_round_played_before_is_left_out(wire, gaussian, intake):
+    """A run resumed from a checkpoint plays a round again: same number, same identities, other rows."""
+    before, again = wire(Plaintext(), gaussian(3, 4)), wire(Plaintext(), gaussian(3, 4, seed=1))
+    Plaintext().collect(list(before.rows), intake(4, EACH), before)
+    old = before.replies("update")[3]
+    again.change = lambda party, reply: old if party == 3 else reply
+    view = Plaintext().collect(list(again.rows), intake(4, EACH), again)
+    assert view.ids == (6, 9)
+    assert view.bad == 1
+
+
+def test_a_client_answers_the_server_alone(wire, gaussian, roster):
+    rows = gaussian(3, 4)
+    line = wire(Plaintext(), rows)
+    for request in (b"", roster.sealed(Header("plain", stage="ask"), [], 6, 3)):
+        with pytest.raises(Corrupt):
+            list(line("update", {3: request}))

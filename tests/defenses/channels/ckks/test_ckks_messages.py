@@ -454,3 +454,11 @@ def test_a_client_that_is_gone_or_lies_does_not_stop_the_others(wire, gaussian, 
     line = wire(CLIENTS, rows, lost={"open": {3}}, change=change)
     total = CLIENTS.collect(list(rows), intake(4), line).total()
     torch.testing.assert_close(total, sum(rows.values()), rtol=1e-6, atol=1e-7)
+
+
+def test_a_sum_before_there_are_keys_is_refused(wire, roster):
+    """The key holder may be asked for less than all its stages."""
+    _, message = keys_of(CHANNEL, wire)
+    request = roster.sealed(*request_of(CHANNEL, message, roster), SERVER, KEY_HOLDER)
+    with pytest.raises(WrongKey):
+        CHANNEL.answer(roster.party(KEY_HOLDER), "decrypt", {}, request, None)

@@ -703,7 +703,8 @@ def test_what_it_says_of_itself():
     assert facts["inner products"].startswith("55 of sketches")
     assert CHANNEL.facts(D, 3)["squared distances"] == "exact"
     assert repr(CKKSGram(bound=1.0)) == (
-        "CKKSGram(bound=1.0, rule=None, smallest_release=2, max_references=1, groups=16, sketch=True, gram_to_server=False)"
+        "CKKSGram(bound=1.0, rule=None, smallest_release=2, max_references=1, groups=16, sketch=True, "
+        "gram_to_server=False)"
     )
 
 
@@ -732,7 +733,7 @@ def test_messages_go_by_the_envelope(finished, roster):
 
 @pytest.mark.parametrize("d", [40, DEGREE - 1, 2 * DEGREE + 5])
 def test_whole_rows_are_measured_exactly(d, wire, gaussian, intake):
-    """Inner products of clients and of a reference; a sketch of the same rows is off as soon as there are two chunks."""
+    """Inner products of clients and of a reference; a sketch of the same rows is off where there are two chunks."""
     rows, reference = gaussian(3, d), torch.randn(1, d, generator=torch.Generator().manual_seed(5)) / d**0.5
     ordered = torch.stack([rows[party] for party in sorted(rows)])
     exact = MatrixView(ordered).gram(reference)
@@ -748,7 +749,7 @@ def test_whole_rows_are_measured_exactly(d, wire, gaussian, intake):
 def test_a_rule_that_is_run_by_the_key_holder_sees_exact_distances(wire, gaussian, intake):
     channel = CKKSGram(bound=1.0, sketch=False).with_rule(MultiKrum(f=1, m=2))
     rows = gaussian(6, DEGREE + 9)
-    view, outcome, _, _ = played(channel, rows, wire, intake)
+    _, outcome, _, _ = played(channel, rows, wire, intake)
     matrix = MatrixView(torch.stack([rows[party] for party in sorted(rows)]))
     plain = MultiKrum(f=1, m=2).aggregate({}, matrix, torch.Generator())[1]
     assert torch.equal(outcome.weights > 0, plain.weights > 0)
@@ -760,3 +761,10 @@ def test_a_reference_of_zeros_is_measured_without_a_sketch(wire, gaussian, intak
     rows = gaussian(2, 40)
     gram = channel.collect(list(rows), intake(40, Reveals.GRAM), wire(channel, rows)).gram(torch.zeros(1, 40))
     assert float(gram[2].abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("stage", ["signs", "weights", "sum"])
+def test_no_question_is_answered_before_there_are_keys(stage, finished, roster):
+    """The key holder may be asked for less than all its stages."""
+    with pytest.raises(BrokenEnvelope):
+        CHANNEL.answer(roster.party(KEY_HOLDER), stage, {}, finished[1][stage][1], None)

@@ -737,3 +737,14 @@ def test_every_row_has_a_key_of_its_own(wire, intake, monkeypatch):
     _, others = recorded_round(wire, intake, monkeypatch, d=10)
     drawn = {key.tobytes() for key in [*keys.values(), *others.values()]}
     assert len(drawn) == 8
+
+
+def test_a_client_that_refused_opens_nothing_and_keeps_no_secret(wire, intake, roster):
+    memory, request, _ = client_before("masked", wire, intake)
+    party, beyond = roster.party(6), torch.full((1, 50), 1e9, dtype=torch.float64)
+    memory, _ = CHANNEL.answer(party, "masked", memory, request, lambda: Encoded(beyond, {}))
+    assert not memory.keys() & {"seed", "masking"}
+    header = CHANNEL._key_sums.header("unmask", memory["session"])
+    asked = roster.sealed(replace(header, clients=4), [numbers_to_bytes([6]), b""], SERVER, 6)
+    with pytest.raises((BrokenEnvelope, RoundFailed)):
+        CHANNEL.answer(party, "unmask", memory, asked, None)
