@@ -18,7 +18,7 @@ from secrets import token_bytes
 from struct import pack
 from typing import TYPE_CHECKING
 
-from privfm.checks import Corrupt, require
+from privfm.checks import Corrupt, InvalidArgument, require
 from privfm.contracts import Identity, Party
 
 if TYPE_CHECKING:
@@ -67,13 +67,21 @@ def pair_key(party: Party, other: int, purpose: bytes, *, sending: bool) -> byte
       other: the other one's number.
       purpose: what it is for; different purposes give unrelated keys.
       sending: whether the party sends under it, or receives.
+
+    Raises:
+      InvalidArgument: what is pinned is no identity: too short or long, or a key with which everybody agrees on the
+        same secret.
     """
     own, pinned = public_identity(party.identity), party.pinned(other)
     require(len(pinned) == 2 * _SIZE, f"pinned({other}) has {len(pinned)} bytes: expected {2 * _SIZE}")
     sender, receiver = (party.number, other) if sending else (other, party.number)
     identities = own + pinned if sending else pinned + own
     where = pack(">qqq", party.round, sender, receiver)
-    return derived(_shared(party.identity.secret, pinned), purpose, where, identities)
+    try:
+        shared = _shared(party.identity.secret, pinned)
+    except ValueError as error:  # a point of small order
+        raise InvalidArgument(f"pinned({other}) holds no key: expected what `public_identity` gives") from error
+    return derived(shared, purpose, where, identities)
 
 
 def derived(secret: bytes, purpose: bytes, *context: bytes) -> bytes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from secrets import token_bytes
 from typing import final
 
 import torch
@@ -28,6 +29,7 @@ from privfm.defenses.channels.envelope import Header, Link
 from privfm.defenses.views import SumView
 
 _SIDE = "side/"
+_ASKED = Header("plain", stage="ask")
 _HEAD = Header("plain", stage="update", parts=1, clients=1)
 
 
@@ -43,7 +45,8 @@ class Plaintext(Channel):
     | unparsable, wrong keys, width or type, not finite | left out and counted in `bad`    |
     | longer than the plan's clip                       | clipped again (`intake.row`)     |
 
-    Messages are authenticated, not encrypted: whoever listens on the way reads them, too.
+    Messages are authenticated, not encrypted: whoever listens on the way reads them, too. The server's request holds
+    16 random bytes which the reply repeats: a run that is resumed plays a round again, and takes no reply from before.
 
     Cost: 4 bytes a parameter and client. A rule that needs only the sum costs one float64 row of server memory,
     whatever the cohort: rows are added as they come. Any other rule costs n float32 rows.
@@ -61,12 +64,17 @@ class Plaintext(Channel):
         }
 
     def reply(self, party: Party, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
+        link = Link(party, SERVER)
+        asked, _ = link.open(request)
+        asked.require(replace(_ASKED, key=asked.key))
         encoded = update()
-        head = replace(_HEAD, length=encoded.rows.shape[1], weight=encoded.weight)
-        return memory, Link(party, SERVER).seal(head, [packed(encoded)])
+        head = replace(_HEAD, key=asked.key, length=encoded.rows.shape[1], weight=encoded.weight)
+        return memory, link.seal(head, [packed(encoded)])
 
     def collect(self, cohort: Sequence[int], intake: Intake, exchange: Exchange) -> View:
-        replies = _opened(exchange("update", dict.fromkeys(cohort, b"")), cohort, intake, exchange.server)
+        asked = replace(_ASKED, key=token_bytes(16))
+        requests = {party: Link(exchange.server, party).seal(asked, []) for party in cohort}
+        replies = _opened(exchange("update", requests), asked.key, intake, exchange.server, requests)
         return _sum(replies, intake.d) if intake.needs == Reveals.SUM else _matrix(replies, cohort, intake.d)
 
 
@@ -105,7 +113,7 @@ def unpacked(message: bytes, width: int) -> Encoded:
 
 
 def _opened(
-    replies: Iterator[tuple[int, bytes]], cohort: Sequence[int], intake: Intake, server: Party
+    replies: Iterator[tuple[int, bytes]], session: bytes, intake: Intake, server: Party, cohort: Iterable[int]
 ) -> Iterator[tuple[int, Tensor | None]]:
     """Each reply as a finite float32 row `(d,)`, or None."""
     awaited = set(cohort)
@@ -115,7 +123,7 @@ def _opened(
             continue
         awaited.discard(party)
         try:
-            head = replace(_HEAD, length=intake.width, weight=intake.weights.get(party, 1.0))
+            head = replace(_HEAD, key=session, length=intake.width, weight=intake.weights.get(party, 1.0))
             (content,) = Link(server, party).expect(reply, head)
             row = intake.row(unpacked(content, intake.width))
         except Exception:  # a codec meets whatever a client chose to send: missing names, indices out of range ...

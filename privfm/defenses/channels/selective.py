@@ -45,7 +45,8 @@ class Selective(Channel):
     gives away depends on the model and not on the share: one example's gradient of a fully connected layer holds the
     layer's input once for each of its c outputs, so that with a random share s of the weights protected, 1 - s^c of
     the input's coordinates are read off exactly; and a layer in front that is left in the clear gives its own input,
-    whatever is done to the layers behind it.
+    whatever is done to the layers behind it. The six biases of a classifier, 0.07 % of an update of MiniLM's adapters,
+    were enough to find a client's one sentence among 9,000 (`experiments/selective_encryption.py`).
 
     Each client's messages are sealed once more, around those of the channel inside: whoever carries them can neither
     take the clear part away nor exchange it for another. Everything about the protected part is the inner channel's:

@@ -87,7 +87,8 @@ class CKKS(Channel):
     attack and proves nothing.
 
     Who sees what: see `learns`. Assumed: server and key holder follow the protocol and do not collude. A client that
-    picks its own encryption randomness is outside of these arguments. The key holder takes the server's word for how
+    picks its own encryption randomness, or encrypts what is not on the grid, is outside of these arguments: whether the
+    round then fails may depend on the error of decryption, and is one bit about a key that is used no more. The key holder takes the server's word for how
     many clients are in the sum (`smallest_release`), checked by the *canary*: each client appends the value 1, so the
     sum must end in n. It finds a wrong key, a sum of more clients than fit, and a server that announces another
     number of clients than it added; not one that encrypts ones of its own. Messages are authenticated, the key
@@ -325,7 +326,7 @@ class CKKS(Channel):
         link, public = Link(party, SERVER), self.server_learns_sum
         header, parts = link.open(request)
         n, length = header.clients, max(header.length, 1 + _CANARY)  # the server's word
-        expected = replace(self._head(b""), key=memory["key"], stage="sum", length=length, clients=n)
+        expected = replace(self._head(b""), key=memory.get("key", b""), stage="sum", length=length, clients=n)
         header.require(replace(expected, parts=ceil(length / self.parameters.numbers) + (not public)))
         require_release(n, self.smallest_release, self.clients)
         readers = [] if public else readers_from(parts.pop(), n, self.clients)

@@ -376,7 +376,7 @@ class CKKSGram(Channel):
     def _expected(self, memory: Memory, stage: str, header: Header, parts: int) -> Header:
         """What the server's message must say; how many clients, how many numbers and their unit is its word."""
         length = int.from_bytes(memory["length"], "little") if "length" in memory else header.length
-        head = Header("ckksgram", fingerprint(repr(self).encode()), memory["key"], stage, length, parts)
+        head = Header("ckksgram", fingerprint(repr(self).encode()), memory.get("key", b""), stage, length, parts)
         return replace(head, clients=header.clients, scale=header.scale)
 
     # Server

@@ -238,8 +238,9 @@ class RLWEPad(Channel):
         own = replace(header, length=len(row), parts=0, clients=0, weight=encoded.weight)
         try:
             numbers = self.numbers(row)
-        except Overflow:
-            return memory, link.seal(own, [])
+        except Overflow:  # it takes no part from here on, and opens nothing
+            left = {name: value for name, value in memory.items() if name not in ("seed", "masking")}
+            return left | {"boxes": b""}, link.seal(own, [])
         key = ternary(DEGREE)
         words = self.parameters.padded(numbers, key, self._seed(transcript, party.round))
         memory, masked = self._key_sums.reply(party, "masked", memory, asked, lambda: _as_row(key))
