@@ -71,7 +71,7 @@ def _channel(arm: Arm, d: int, population: int) -> Iterator[Finding]:
     yield (
         rule.needs > channel.reveals,
         f"{name} needs {rule.needs.name}, {way} reveals only {channel.reveals.name}",
-        f"Mean over {way}, or {name} over a channel that reveals {rule.needs.name}, such as Plaintext",
+        f"Mean over {way}, or {name} over a channel that reveals {rule.needs.name}, such as {_revealing(rule.needs)}",
     )
     yield (
         channel.decides and not rule.delegable,
@@ -122,6 +122,10 @@ def _channel(arm: Arm, d: int, population: int) -> Iterator[Finding]:
         )
 
 
+def _revealing(needs: Reveals) -> str:
+    return "CKKSGram or Plaintext" if needs is Reveals.GRAM else "Plaintext, or Grouped (means of random groups)"
+
+
 def _columns(arm: Arm, d: int) -> Iterator[Finding]:
     """What is protected by column, against the columns there are."""
     if isinstance(arm.channel, Selective):
@@ -150,7 +154,7 @@ def _codecs(arm: Arm) -> Iterator[Finding]:
     yield (
         channel.integers and not codecs.integers,
         f"{way} carries whole numbers, the last transform gives real ones",
-        "a quantizing codec as the last transform",
+        "a quantizing codec as the last transform: FixedPoint",
     )
     whole, modulus, most = codecs.largest_whole, channel.modulus, channel.most_summed
     largest = channel.largest_coordinate
@@ -163,7 +167,7 @@ def _codecs(arm: Arm) -> Iterator[Finding]:
     summed = None if whole is None or most is None else most * whole
     wraps = modulus is not None and codecs.modulus is not None and modulus % codecs.modulus == 0
     yield (
-        channel.integers and modulus is not None and not wraps and (summed is None or 2 * summed >= modulus),
+        codecs.integers and modulus is not None and not wraps and (summed is None or 2 * summed >= modulus),
         f"{way} adds modulo {modulus}, and {most} rows of up to {whole} may leave it",
         "more modulus_bits, fewer bits in the codec, or fewer clients",
     )
