@@ -198,6 +198,8 @@ class Channel(ABC):
     def answer(self, party: Party, stage: str, memory: Memory, request: bytes, update: Update) -> tuple[Memory, bytes]:
         """A party's half: the next memory, and the reply.
 
+        A party that raises has ended its round: an engine forgets its memory, or it could be asked again.
+
         Raises:
           InvalidArgument: the stage is repeated, out of order or another party's.
         """

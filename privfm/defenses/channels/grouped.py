@@ -39,9 +39,9 @@ class Grouped(Channel):
     `smallest_release`, as a rule at least `size`. Clients that work with the server are not among them; `isolation`
     bounds the probability that they are all others of somebody's group. What the inner channel assumes must hold in
     every *group*: a share of corrupt clients that is small in the cohort is larger in some group, and with masks as
-    many corrupt clients in a group as their `threshold` open rows, which happens sooner than isolation. Groups are drawn anew in every round, so that
-    over the rounds the server can solve for what stays the same in each client's updates, sooner than from sums over
-    all. Noise that is shared out among clients must suffice for one group.
+    many corrupt clients in a group as their `threshold` open rows, which happens sooner than isolation. Groups are
+    drawn anew in every round, so that over the rounds the server can solve for what stays the same in each client's
+    updates, sooner than from sums over all. Noise that is shared out among clients must suffice for one group.
 
     *Who draws the groups.* The server, which is believed to follow the protocol: they follow from the round and the
     clients' numbers by a public hash (see `partition`), so that runs repeat, and whoever knows the cohort can check

@@ -6,7 +6,10 @@ The server sees sums only, so that nobody has to be trusted with a sum before it
 - shares go missing or are known to colluders: the noise is sized for the least number of honest ones;
 - a sum of discrete Gaussians is not quite one: `tau` says by how much.
 
-The modulus is outside of it. Reduction mod m comes after the noise and changes utility alone: see `wrap_probability`.
+The modulus is outside of it. Reduction mod m comes after the noise and changes utility alone, where sums are taken
+modulo m as well (`PairwiseMasks`). A channel that hands over the whole sum of reduced rows (`BFV`, `CKKS`, `RLWEPad`)
+also shows that a row wrapped; that happens with less than `WRAP_TARGET` a round (`wrap_probability`), which belongs to
+delta and is not added to it.
 
 Source: Kairouz, Liu, Steinke, "The distributed discrete Gaussian mechanism for federated learning with secure
 aggregation", 2021.

@@ -67,11 +67,9 @@ def test_memory_does_not_grow_with_the_cohort_when_the_sum_is_enough(intake, ros
         server = roster.party(SERVER)
 
         def __call__(self, stage, requests):
-            for party in requests:  # a message of its own for each client
-                yield (
-                    party,
-                    Plaintext().answer(roster.party(party), stage, {}, b"", lambda: Encoded(torch.ones(1, d), {}))[1],
-                )
+            for number, request in requests.items():  # a message of its own for each client
+                party, row = roster.party(number), Encoded(torch.ones(1, d), {})
+                yield number, Plaintext().answer(party, stage, {}, request, lambda row=row: row)[1]
 
     tracemalloc.start()
     view = Plaintext().collect(range(60), intake(d), Line())

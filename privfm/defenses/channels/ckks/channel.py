@@ -88,12 +88,12 @@ class CKKS(Channel):
 
     Who sees what: see `learns`. Assumed: server and key holder follow the protocol and do not collude. A client that
     picks its own encryption randomness, or encrypts what is not on the grid, is outside of these arguments: whether the
-    round then fails may depend on the error of decryption, and is one bit about a key that is used no more. The key holder takes the server's word for how
-    many clients are in the sum (`smallest_release`), checked by the *canary*: each client appends the value 1, so the
-    sum must end in n. It finds a wrong key, a sum of more clients than fit, and a server that announces another
-    number of clients than it added; not one that encrypts ones of its own. Messages are authenticated, the key
-    holder's keys by its signature (see `envelope`). What a malicious client encrypts is checked by nobody, but for
-    the range of the sum: `bound` binds those who follow the protocol.
+    round then fails may depend on the error of decryption, and is one bit about the key of this one round. The key
+    holder takes the server's word for how many clients are in the sum (`smallest_release`), checked by the *canary*:
+    each client appends the value 1, so the sum must end in n. It finds a wrong key, a sum of more clients than fit, and
+    a server that announces another number of clients than it added; not one that encrypts ones of its own. Messages are
+    authenticated, the key holder's keys by its signature (see `envelope`). What a malicious client encrypts is checked
+    by nobody, but for the range of the sum: `bound` binds those who follow the protocol.
 
     | event                                          | result                                            |
     |------------------------------------------------|---------------------------------------------------|

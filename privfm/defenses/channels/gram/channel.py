@@ -50,6 +50,7 @@ from privfm.defenses.channels.gram.sketch import (
     chunks_of,
     effective_size,
     largest_deviation,
+    longest_sum,
     rounded_gram,
     step_of,
     usual_deviation,
@@ -95,7 +96,9 @@ class CKKSGram(Channel):
 
     Assumed: S and H follow the protocol and do not collude. H cannot verify that what it decrypts is what S was sent.
     Nor can it see rows: of a client that encrypts a row beyond `bound` it sees the length, up to `LONGEST` bounds and
-    somewhat more. Messages are authenticated (`envelope`). The seed comes after the commitments because rows that
+    somewhat more. Squares wrap at 1024 bounds, so that a row yet longer can look short and be chosen: then the sum is
+    longer than the matrix allows (`longest_sum`), and the round fails. A rule that needs the sum alone has no matrix to
+    compare it with. Messages are authenticated (`envelope`). The seed comes after the commitments because rows that
     know the sketch can hide any length in its kernel; it comes from H because the last sender could grind a hash.
 
     What is released is exact. Rows are whole steps of `bound / 2^24` (cut towards zero), weights are whole numbers
@@ -114,7 +117,8 @@ class CKKSGram(Channel):
     | all who answered refused                            | RoundFailed, with the way out                      |
     | a broken, foreign, replayed or copied message       | left out and counted in `bad`                      |
     | an encrypted row that is longer all the same        | H gives it no weight and suspects it; f is lowered |
-    | inner products of nothing, a sum off the grid       | RoundFailed: a wrong key, or a malicious client    |
+    | inner products of nothing, a sum off the grid or    | RoundFailed: a wrong key, or a malicious client    |
+    | longer than they allow                              |                                                    |
     | weights that single out a client                    | RoundFailed, from H, before anything is decrypted  |
     | fewer than `smallest_release` clients               | TooFewClients                                      |
     | weights all zero (FLTrust without a friend)         | S's own part only; nothing is decrypted            |
@@ -307,7 +311,11 @@ class CKKSGram(Channel):
         ring = SecretRing(memory["secret"])
         gram = _assembled([ring.inner_product(part) for part in products], np.frombuffer(known, "<f8"), n, m)
         gram, usable = checked_gram(gram, n, _TOO_LONG)
-        scaled = torch.from_numpy(rounded_gram(gram) * header.scale**2)
+        gram, kept = rounded_gram(gram), int(usable.sum())
+        own = np.zeros((n, n))
+        own[np.ix_(usable, usable)] = gram[:kept, :kept]
+        memory = {**memory, "gram": own.tobytes()}
+        scaled = torch.from_numpy(gram * header.scale**2)
         if self.gram_to_server:
             answer = [usable.tobytes(), scaled.numpy().astype("<f8").tobytes()]
             return memory, link.seal(replace(header, parts=len(answer)), answer)
@@ -341,6 +349,8 @@ class CKKSGram(Channel):
         header, (given, *sums) = _at_least_parts(link, request, 1)
         n, length = header.clients, header.length
         header.require(self._expected(memory, "sum", header, parts=chunks_of(length + 1) + 1))
+        if len(memory.get("gram", bytes(8 * n * n))) != 8 * n * n:
+            raise ParameterMismatch(f"a sum of {n} clients, of whom others were measured")
         weights = numbers(given, n)
         self._released(memory, weights)
         whole, _ = whole_weights(weights)
@@ -351,6 +361,9 @@ class CKKSGram(Channel):
         most = float(np.abs(whole).sum()) * 2.0**BITS
         if not (distance <= _OFF_GRID and largest <= most and steps[-1] == whole.sum() * 2.0**BITS):
             raise RoundFailed("the sum is not whole steps within the bound: another key, or a malicious client")
+        square = float(steps[:-1] @ steps[:-1]) / 4.0**BITS
+        if "gram" in memory and square > longest_sum(np.frombuffer(memory["gram"]).reshape(n, n), whole.astype(float)):
+            raise RoundFailed("the sum is longer than rows of the lengths that were measured: a malicious client")
         return link.seal(replace(header, parts=1), [steps[:-1].astype("<i8").tobytes()])
 
     def _released(self, memory: Memory, weights: Array) -> None:

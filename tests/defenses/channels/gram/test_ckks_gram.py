@@ -768,3 +768,54 @@ def test_no_question_is_answered_before_there_are_keys(stage, finished, roster):
     """The key holder may be asked for less than all its stages."""
     with pytest.raises(BrokenEnvelope):
         CHANNEL.answer(roster.party(KEY_HOLDER), stage, {}, finished[1][stage][1], None)
+
+
+def wrapped_row(width, used, keys, apparent=0.01):
+    """A row of norm 1024 on the grid, in columns from `used` on, whose square comes out as about `apparent`."""
+    from privfm.defenses.channels.gram import ring
+
+    context = PublicRing(keys).seal
+    modulus = ring._first_prime(context) * ring._second_prime(context) / ring.SCALE**2  # of inner products, near 2^20
+    row = np.zeros(width)
+    row[used:] = np.floor(np.sqrt(modulus / (width - used)) * 2**BITS) / 2**BITS
+    row[-1] = 0.0
+    row[-1] = np.rint(np.sqrt(modulus + apparent - row @ row) * 2**BITS) / 2**BITS
+    return row
+
+
+@pytest.mark.parametrize("gram_to_server", [False, True])
+def test_a_row_so_long_that_its_square_wraps_to_a_short_one_fails_the_round(gram_to_server, wire, intake, roster):
+    """In columns that nobody else uses it looks like the shortest of all. The sum shows how long it is."""
+    width, used, rows = 8000, 50, {}
+    for party, row in enumerate(torch.randn(14, used, generator=torch.Generator().manual_seed(0))):
+        rows[3 * party] = torch.cat([row / row.norm(), torch.zeros(width - used)])
+    rule = MultiKrum(f=1, m=13)
+    channel = CKKSGram(bound=1.0, gram_to_server=gram_to_server).with_rule(rule)
+    keys = []
+
+    def change(party, reply):
+        if party == KEY_HOLDER and not keys:
+            keys.extend(roster.opened(reply, KEY_HOLDER)[1])
+        if party != 6:
+            return reply
+        header, _ = roster.opened(reply, 6)
+        row = wrapped_row(width, used, keys[0])
+        return roster.sealed(header, [PublicRing(keys[0]).encrypt(np.append(row, 1.0))], 6)
+
+    view = channel.collect(list(rows), intake(width, Reveals.GRAM), wire(channel, rows, change=change))
+    with pytest.raises(RoundFailed, match="longer than"):
+        (rule if gram_to_server else Delegated(rule)).aggregate({}, view, torch.Generator().manual_seed(3))
+
+
+def test_a_sum_of_others_than_were_measured_is_refused(wire, gaussian, intake, roster):
+    """Where the server chooses the weights, too."""
+    channel, rows = CKKSGram(bound=1.0, gram_to_server=True), gaussian(3, D)
+    line = wire(channel, rows)
+    view = channel.collect(list(rows), intake(D, Reveals.GRAM), line)
+    view.gram(torch.zeros(0, D))
+    memory = line.memories[KEY_HOLDER]
+    view.total()
+    header, (_, *sums) = roster.opened(line.sent[-1][2], SERVER, KEY_HOLDER)
+    request = roster.sealed(replace(header, clients=2), [np.ones(2).tobytes(), *sums], SERVER, KEY_HOLDER)
+    with pytest.raises(ParameterMismatch, match="others were measured"):
+        channel.answer(roster.party(KEY_HOLDER), "sum", memory, request, None)

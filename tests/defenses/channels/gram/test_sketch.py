@@ -17,6 +17,7 @@ from privfm.defenses.channels.gram.sketch import (
     effective_size,
     encrypted_sketch,
     largest_deviation,
+    longest_sum,
     monomials_of,
     rounded_gram,
     sketched,
@@ -358,6 +359,28 @@ def test_what_is_no_gram_matrix_is_refused(bent):
     gram[0, 1] = gram[1, 0] = 1 + bent
     with pytest.raises(RoundFailed, match="eigenvalue"):
         checked_gram(gram, 3, 100.0)
+
+
+def test_a_refused_matrix_is_not_read_off_the_message():
+    """Eigenvalues are functions of the error of decryption."""
+    with pytest.raises(RoundFailed) as refused:
+        checked_gram(np.array([[1.0, 1.5], [1.5, 1.0]]), 2, 100.0)
+    assert not any(digit in str(refused.value) for digit in "0123456789")
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1, 1], [1, 0, 0, 0], [7, -3, 1, 0], [0, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("size", [1e-3, 1.0, 300.0])
+def test_sums_of_measured_rows_are_within_what_was_measured(size, weights):
+    """Also those of one row and its opposite, which cancel but for the noise; twice as long is too long."""
+    rows = np.random.default_rng(3).normal(size=(4, 3 * DEGREE)) * size / sqrt(3 * DEGREE)
+    rows[3] = -rows[0]
+    chosen, noise = np.array(weights, float), np.random.default_rng(4).normal(size=(4, 4)) * 2**-35
+    short = sketched(rows, draw_of(1, 3))
+    gram = rounded_gram(checked_gram(short @ short.T + noise + noise.T, 4, 1e6)[0])
+    square = float((chosen @ rows) @ (chosen @ rows))
+    assert square <= longest_sum(gram, chosen)
+    if size >= 1 and square > size**2 / 2:  # below, what is far under a bound is noise
+        assert 4.5 * square > longest_sum(gram, chosen)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
