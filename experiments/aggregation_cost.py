@@ -329,7 +329,9 @@ def projected(title: str, clients: int, parameters: int) -> Cost:
     each = (seconds(found, "server") - seconds(small, "server")) / (many - few)
     holder = 0.0
     if not wire.channel.server_learns_sum:
-        narrow = [seconds(shorter(title, wire, n, NARROW), "key_holder") for n in (few, many)]
+        thin = wire_of(title, clients, NARROW)  # short rows of norm 1 have larger coordinates
+        assert isinstance(thin, Wire)
+        narrow = [seconds(shorter(title, thin, n, NARROW), "key_holder") for n in (few, many)]
         holder = (narrow[1] - narrow[0]) / (many - few)
     among = f"among {many} clients" + ("" if neighbours is None else f" with {neighbours} neighbours each")
     return replace(

@@ -237,3 +237,8 @@ def test_an_unknown_channel_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match="channels="):
         main(channels=("Telepathy",), out=tmp_path)
     assert set(MAKERS) == set(TITLES)
+
+
+def test_short_rows_have_a_bound_of_their_own() -> None:
+    """The part of the key holder's work that grows with clients is measured on narrow rows of the same norm."""
+    assert projected("CKKS, for clients", 1000, 5000).kind == "projected"
