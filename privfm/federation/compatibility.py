@@ -91,7 +91,7 @@ def _channel(arm: Arm, d: int, population: int) -> Iterator[Finding]:
     )
     expected = round(arm.sampling.expected(population))
     yield (
-        expected < channel.least_clients,
+        expected < channel.least_clients and channel.least_clients > 1,
         f"{way} opens nothing of fewer than {channel.least_clients} clients, {arm.sampling} draws about {expected}",
         f"a cohort of at least {channel.least_clients}",
     )

@@ -121,7 +121,8 @@ def test_exact_modes_move_the_weight_by_the_mean_change_of_the_clients(geometry)
     torch.testing.assert_close(moved.double(), mean[:-BIAS], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close((steps[2].state.model - before)[LAYOUT.d - BIAS : LAYOUT.d].double(), mean[-BIAS:])
     assert steps[2].record.base_change_norm > 0
-    assert steps[2].record.bytes_down_per_client == 4 * (LAYOUT.d + INPUTS * OUTPUTS)
+    asked = 109 + 32  # the request: an envelope's header and its code
+    assert steps[2].record.bytes_down_per_client == 4 * (LAYOUT.d + INPUTS * OUTPUTS) + asked
 
 
 def test_averaging_factors_is_not_the_mean_change():
