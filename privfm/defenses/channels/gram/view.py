@@ -215,7 +215,17 @@ def commitment(*parts: bytes) -> bytes:
     return sha256(b"".join(piece for part in parts for piece in (pack(">Q", len(part)), part))).digest()
 
 
+LARGEST_WEIGHT: Final = 2.0**64
+"""Far beyond any rule's, and far below where squares of weights leave double precision."""
+
+
 def numbers(content: bytes, count: int) -> Array:
-    if len(content) != 8 * count or not np.isfinite(found := np.frombuffer(content, "<f8")).all():
-        raise Corrupt(f"weights of {len(content)} bytes, expected {count} finite numbers of 8")
+    """Weights as a message holds them, `(count,)`.
+
+    Raises:
+      Corrupt: there are more or fewer of them, or one is not finite or beyond `LARGEST_WEIGHT`.
+    """
+    found = np.frombuffer(content, "<f8") if len(content) == 8 * count else np.full(1, np.nan)
+    if not bool((np.abs(found) <= LARGEST_WEIGHT).all()):
+        raise Corrupt(f"weights of {len(content)} bytes, expected {count} numbers of 8, at most 2^64")
     return found

@@ -39,6 +39,7 @@ from privfm.defenses.channels.envelope import Link, fingerprint
 from privfm.defenses.channels.gram.channel import BITS, CKKSGram
 from privfm.defenses.channels.gram.ring import DEGREE, NOISE, SCALE, PublicRing, new_keys
 from privfm.defenses.channels.gram.sketch import WEIGHT_NORM, Draw, effective_size, sketched, whole_weights
+from privfm.defenses.channels.gram.view import numbers
 from privfm.defenses.delegated import Delegated
 from privfm.defenses.directional_rules import with_root
 from privfm.defenses.gram_rules import krum_scores
@@ -819,3 +820,11 @@ def test_a_sum_of_others_than_were_measured_is_refused(wire, gaussian, intake, r
     request = roster.sealed(replace(header, clients=2), [np.ones(2).tobytes(), *sums], SERVER, KEY_HOLDER)
     with pytest.raises(ParameterMismatch, match="others were measured"):
         channel.answer(roster.party(KEY_HOLDER), "sum", memory, request, None)
+
+
+@pytest.mark.parametrize("value", [1e300, -1e300, 2.0**65, float("inf"), float("nan")])
+def test_weights_beyond_all_reason_are_refused_before_anything_is_computed(value):
+    with pytest.raises(Corrupt, match="at most 2"):
+        numbers(np.array([1.0, value]).tobytes(), 2)
+    assert numbers(np.array([1.0, -2.0]).tobytes(), 2).tolist() == [1.0, -2.0]
+    assert numbers(b"", 0).tolist() == []
