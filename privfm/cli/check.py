@@ -14,7 +14,7 @@ from privfm.checks import InvalidArgument, RoundFailed
 from privfm.cli.errors import DONE, REFUSED, say
 from privfm.cli.explain import public_classes
 from privfm.cli.run import Request, request
-from privfm.contracts import Cast, Channel, Encoded, Intake, Knows, Reveals, Rule, Table, UpdateAttack
+from privfm.contracts import Channel, Knows, Reveals, Rule, Table, UpdateAttack
 from privfm.defenses import DPPlan, Mean
 from privfm.defenses.channels import PairwiseMasks, Selective
 from privfm.engines import Local
@@ -22,7 +22,7 @@ from privfm.experiment import RunConfig, arm_of, deal
 from privfm.experiment.run import AccountedFacts, affordable_rounds
 from privfm.federation import Arm, problems
 from privfm.federation.compatibility import table
-from privfm.federation.traffic import Traffic
+from privfm.federation.rehearsal import Rehearsal
 from privfm.learning import ModelLearner, Workbench
 from privfm.randomness import Seeds
 from privfm.reporting import epsilon_paragraph
@@ -200,35 +200,22 @@ def measured_bytes(arm: Arm, d: int, clients: int = 2) -> tuple[float, float, bo
 
 def _played_bytes(arm: Arm, width: int, clients: int) -> tuple[float, float]:
     """Bytes up and down a client of one round of rows `(width,)`."""
-    generator = Seeds(0).generator
-
-    def sealed(asked: Sequence[int]) -> dict[int, Encoded]:
-        encoded, _ = arm.codecs.encode(
-            torch.zeros(len(asked), width), {}, [generator("codecs", 0, client) for client in asked]
-        )
-        side = encoded.side.items()
-        return {
-            client: Encoded(encoded.rows[k : k + 1], {name: value[k : k + 1] for name, value in side})
-            for k, client in enumerate(asked)
-        }
-
-    cohort, channel = range(clients), arm.wire
-    traffic = Traffic(Local(clients).open(channel, sealed, Cast(0, cohort)))
-    view = channel.collect(cohort, Intake(arm.codecs, width, Reveals.SUM), traffic)
-    _ = view.total()
-    return traffic.up_per_client, traffic.down_per_client
+    rehearsal = Rehearsal(arm.wire, torch.zeros(1, width), arm.codecs, clients=clients)
+    _, phases = rehearsal.play(Local(1), lambda view: view.total())
+    up = sum(phase.up / max(phase.answered, 1) for phase in phases.all)  # as a round counts them, every stage
+    return up, phases.down
 
 
 def _who_sees_what(outline: Outline) -> Iterator[tuple[str, str]]:
     """Each party's view, from channel, plan and attack."""
-    arm = outline.arm
+    arm, channel = outline.arm, outline.arm.wire
     curious = "" if arm.server_attack is None else f"; it is curious: {arm.server_attack!r}"
-    yield "server sees", f"{arm.wire.learns['server']}{_noised_for_server(arm.plan)}{curious}"
+    yield "server sees", f"{channel.learns['server']}{_noised_for_server(arm.plan)}{curious}"
     yield "key holder sees", _key_holder(arm)
-    clear = arm.wire.unprotected(outline.d)
+    clear = channel.unprotected(outline.d)
     yield "in the clear", f"{clear:.1%} of each update{'; the rest is encrypted' if 0 < clear < 1 else ''}"
-    yield "trusted", arm.wire.learns["trust"]
-    yield from arm.wire.facts(outline.d, round(arm.sampling.expected(outline.clients))).items()
+    yield "trusted", channel.learns["trust"]
+    yield from channel.facts(outline.d, round(arm.sampling.expected(outline.clients))).items()
     known = () if arm.attack is None else arm.attack.knowledge
     granted = f"; the malicious are granted: {', '.join(known)}" if known else ""
     yield "clients see", f"the model of every round{granted}"
