@@ -8,6 +8,7 @@ from privfm.contracts.attacks import (
     Knows,
     PublicModel,
     ServerAttack,
+    ServerScene,
     TargetedAttack,
     UpdateAttack,
 )
@@ -110,6 +111,7 @@ __all__ = [
     "Sampling",
     "Sealer",
     "ServerAttack",
+    "ServerScene",
     "ServerOptimizer",
     "Spans",
     "Split",

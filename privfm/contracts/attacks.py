@@ -9,14 +9,16 @@ from enum import IntEnum
 from typing import Self, final
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from privfm import blocks
 from privfm.adapters import AdapterLayout
 from privfm.checks import NotRevealed, RoundFailed
 from privfm.contracts.channels import WireView
 from privfm.contracts.learning import Examples
+from privfm.contracts.reconstruction import LocalSteps
 from privfm.contracts.rules import Rule, State
+from privfm.vectors import Layout
 
 
 class Knows(IntEnum):
@@ -232,9 +234,43 @@ class AttackSchedule(ABC):
         """Of the malicious clients of round `now` (counted from 0), in order, those that poison."""
 
 
+@final
+@dataclass(frozen=True)
+class ServerScene:
+    """What a server knows of a run before it starts; and the truth, with which a curious one is scored.
+
+    Attributes:
+      load: a model `(d,)` -> the module that clients are sent, without dropout; one module, loaded anew each time.
+      layout: where its trained parameters lie in a row.
+      change: examples of a client -> how it trains on them; None where the server cannot say.
+      examples: a client's own; nothing but a score, or what the server is told of them, may depend on it.
+      special: token ids that every text has (padding, start, end): no score counts them.
+    """
+
+    load: Callable[[Tensor], nn.Module]
+    layout: Layout
+    change: Callable[[int], LocalSteps | None]
+    examples: Callable[[int], Examples]
+    special: frozenset[int] = frozenset()
+
+
 class ServerAttack(ABC):
     """A curious server: looks at exactly what the channel revealed."""
 
+    def fitted(self, scene: ServerScene) -> ServerAttack:
+        """What looks at the rounds of this run.
+
+        Raises:
+          InvalidArgument: the attack does not fit its model or its data.
+        """
+        return self
+
     @abstractmethod
-    def look(self, wire: WireView) -> dict[str, float]:
-        """Scores for the record, by name with the unit in it."""
+    def look(self, wire: WireView, model: Tensor, now: int) -> dict[str, float]:
+        """Scores for the record, by name with the unit in it.
+
+        Args:
+          wire: what the server received in this round.
+          model: what it had sent to the clients, `(d,)`.
+          now: the round, from 0.
+        """

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from privfm.adapters import AdapterLayout
 from privfm.checks import require
 from privfm.contracts.privacy import GradientPrivacy, Spans
+from privfm.contracts.reconstruction import LocalSteps
 
 Split = Literal["clients", "validation", "test", "server", "holdout"]
 SPLITS: tuple[Split, ...] = ("clients", "validation", "test", "server", "holdout")
@@ -252,6 +253,14 @@ class LocalTraining(ABC):
           examples: all examples of this client.
           generator: for the order of its data.
         """
+
+    def local_steps(self, examples: int) -> LocalSteps | None:
+        """What a server that sets the training knows of how a client's update comes about; None: nothing.
+
+        Args:
+          examples: the client holds.
+        """
+        return None
 
 
 @final

@@ -15,13 +15,16 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from privfm.attacks.reconstruction.curious_server import special_tokens
 from privfm.checks import require
 from privfm.contracts import (
     DataSource,
+    LocalTraining,
     Metric,
     ModelSource,
     Partition,
     PublicModel,
+    ServerScene,
     Split,
     Table,
     Task,
@@ -128,10 +131,19 @@ def prepare(config: RunConfig, seed: int, folder: Path | None = None) -> Federat
     if arm.attack is not None:
         public = PublicModel(len(dealt.table.label_names), bench.built.tokenize, learner.adapters)
         arm = replace(arm, attack=arm.attack.fitted(public))
+    if arm.server_attack is not None:
+        arm = replace(arm, server_attack=arm.server_attack.fitted(_scene(bench, clients, config.training)))
     own = dealt.splits["server"]
     root = bench.everything.take(own) if len(own) else None
     engine = Local(config.clients_per_batch, config.encryption_processes)
     return Federation(arm, learner, clients, Seeds(seed), engine, config.strict, root)
+
+
+def _scene(bench: Workbench, clients: Population, training: LocalTraining) -> ServerScene:
+    """What a server knows of the run, and what a curious one is scored with."""
+    return ServerScene(
+        bench.load, bench.layout, training.local_steps, clients.examples, special_tokens(bench.everything)
+    )
 
 
 def recorded(spec: ArmSpec, seed: int) -> dict[str, Any]:

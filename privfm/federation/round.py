@@ -159,7 +159,7 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
         bytes_down_per_client=traffic.down_per_client + len(state.model) * torch.float32.itemsize,
         seconds_training=way.seconds,
         seconds_aggregation=perf_counter() - began - way.seconds,
-        leaked=arm.server_attack.look(view.seen) if arm.server_attack else {},
+        leaked=arm.server_attack.look(view.seen, state.model, now) if arm.server_attack else {},
     )
     in_a_row = state.skipped + 1 if skipped else 0
     return replace(end.state, round=now + 1, clients=way.clients, attack=way.attack, skipped=in_a_row), record

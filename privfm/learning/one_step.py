@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from privfm.checks import at_least, positive
-from privfm.contracts import Examples, LocalTraining
+from privfm.contracts import Examples, LocalSteps, LocalTraining
 from privfm.learning.training import Losses
 
 
@@ -71,6 +71,9 @@ class OneStep(LocalTraining):
             for name, step in steps.items():
                 parameters[name].add_(step)
         return module
+
+    def local_steps(self, examples: int) -> LocalSteps:
+        return LocalSteps(self.learning_rate, 1, "sgd", self.batch_size)
 
 
 @contextmanager

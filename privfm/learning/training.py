@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import ceil, sqrt
 from typing import final
 
 import torch
 from torch import Generator, Tensor, nn
 
 from privfm.checks import at_least, fraction, non_negative, positive, require
-from privfm.contracts import Examples, LocalTraining, State
+from privfm.contracts import Examples, LocalSteps, LocalTraining, State
 
 Losses = Callable[[Examples], Tensor]
 
@@ -51,6 +51,10 @@ class Schedule:
                 yield places
                 done += 1
             epoch += 1
+
+    def count(self, n: int) -> int:
+        """Steps of a client with n examples."""
+        return self.epochs * ceil(n / self.batch_size) if self.steps is None else self.steps
 
 
 class Descent(LocalTraining):
@@ -127,6 +131,10 @@ class SGD(Descent):
     def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=self.learning_rate, momentum=self.momentum)
 
+    def local_steps(self, examples: int) -> LocalSteps:
+        """Momentum changes the weights of the steps' gradients in their sum, not that it is a sum of them."""
+        return LocalSteps(self.learning_rate, self.schedule.count(examples), "sgd", self.schedule.batch_size)
+
 
 @final
 @dataclass(frozen=True)
@@ -163,6 +171,9 @@ class AdamW(Descent):
 
     def optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+    def local_steps(self, examples: int) -> LocalSteps:
+        return LocalSteps(self.learning_rate, self.schedule.count(examples), "adam", self.schedule.batch_size)
 
 
 @final

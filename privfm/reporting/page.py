@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from privfm.files import writable, write_atomically
 from privfm.reporting.answers import answers
-from privfm.reporting.drawing import theme_css
 from privfm.reporting.export import Visibility, everything_private, visibility_of
 from privfm.reporting.figures import all_figures
 from privfm.reporting.summary import Experiment
 from privfm.reporting.tables import tables_of
+from privfm.reporting.templates import rendered
 
 REPORT = "report.html"
 
@@ -45,12 +44,8 @@ def write_report(experiment_folder: Path, visibility: Visibility = everything_pr
 
 def render_page(experiment: Experiment, visibility: Visibility = everything_private) -> str:
     """The page as HTML; everything that comes from the experiment is escaped."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    template = files("privfm.reporting").joinpath("page.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(
+    return rendered(
+        "page.html",
         index=experiment.index,
         answers=answers(experiment),
         tables=tables_of(experiment),
@@ -61,9 +56,6 @@ def render_page(experiment: Experiment, visibility: Visibility = everything_priv
         is_private=lambda names: any(visibility_of(name, visibility) == "private" for name in names),
         one_seed=len(experiment.index.seeds) == 1,
         unbroken=_unbroken,
-        theme=Markup(theme_css()),
-        # The titles inside a drawing were escaped when it was drawn.
-        drawing=Markup,
     )
 
 

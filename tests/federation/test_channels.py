@@ -27,7 +27,7 @@ INTEGERS: dict[str, Channel] = {
 @final
 @dataclass(frozen=True)
 class Look(ServerAttack):
-    def look(self, wire):
+    def look(self, wire, model, now):
         return {"rows": float(wire.rows is not None), "vectors": len(wire.vectors)}
 
 
@@ -203,7 +203,7 @@ def test_the_server_reads_the_clear_columns_of_every_client(federation):
     @final
     @dataclass(frozen=True)
     class Keep(ServerAttack):
-        def look(self, wire):
+        def look(self, wire, model, now):
             seen.append(wire)
             return {}
 

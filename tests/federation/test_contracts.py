@@ -80,7 +80,7 @@ class History(Rule):
 @final
 @dataclass(frozen=True)
 class Look(ServerAttack):
-    def look(self, wire: WireView) -> dict[str, float]:
+    def look(self, wire: WireView, model: Tensor, now: int) -> dict[str, float]:
         rows = 0 if wire.rows is None else len(wire.rows)
         return {"rows": rows, "vectors": len(wire.vectors), "grams": len(wire.grams)}
 

@@ -1,0 +1,25 @@
+"""The package's own page templates."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+
+def rendered(name: str, **values: Any) -> str:
+    """A template of this package as HTML; everything that is given is escaped."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
+
+    from privfm.reporting.drawing import theme_css
+
+    folder = files("privfm.reporting")
+    environment = Environment(
+        loader=FunctionLoader(lambda part: folder.joinpath(part).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # The titles inside a drawing were escaped when it was drawn.
+    return environment.get_template(name).render(theme=Markup(theme_css()), drawing=Markup, **values)
