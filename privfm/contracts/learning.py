@@ -224,12 +224,14 @@ class BuiltModel:
       layers: the stack of blocks from the bottom up, by which what lies below the first trained one is skipped and
         cached; empty when there is none.
       save: writes the model to a folder, in the format its own library loads.
+      decode: token ids -> text, without special tokens; None for models of tensors.
     """
 
     module: nn.Module
     tokenize: Callable[[Sequence[str]], dict[str, Tensor]] | None
     layers: tuple[nn.Module, ...]
     save: Callable[[Any], None]
+    decode: Callable[[Sequence[int]], str] | None = None
 
 
 class LocalTraining(ABC):

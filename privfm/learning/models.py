@@ -87,7 +87,7 @@ class SequenceClassifier(ModelSource):
                 module = _pretrained(AutoModelForSequenceClassification, self.name, num_labels=len(label_names))
                 module.config.pad_token_id = tokenizer.pad_token_id
             module = applied(self.adapter, module, _heads(module), "SEQ_CLS" if self.pooling == "model" else None)
-        return _built(module, _tokenize(tokenizer, self.max_length))
+        return _built(module, tokenizer, self.max_length)
 
 
 @final
@@ -118,7 +118,7 @@ class CausalLanguageModel(ModelSource):
             _refuse_encoder(module, self.name)
             if self.adapter is not None:
                 module = applied(self.adapter, module, (), "CAUSAL_LM")
-        return _built(module, _tokenize(tokenizer, self.max_length))
+        return _built(module, tokenizer, self.max_length)
 
 
 @final
@@ -156,7 +156,7 @@ class SmallCNN(ModelSource):
                     nn.Linear(2 * self.width * (self.size // 4) ** 2, len(label_names)),
                 )
             )  # fmt: skip
-        return _built(module, None)
+        return _built(module)
 
 
 @final
@@ -211,7 +211,7 @@ class PlainCNN(ModelSource):
             )  # fmt: skip
         # Convolutions on the CPU take half the time with channels last, and a batch of one client stays in its cache.
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in the stubs
-        return _built(module, None)
+        return _built(module)
 
 
 @final
@@ -261,7 +261,7 @@ class VisionTransformer(ModelSource):
                 )  # fmt: skip
             if self.adapter is not None:
                 module = applied(self.adapter, module, _heads(module), None)
-        return _built(module, None)
+        return _built(module)
 
 
 class _FlattenChannelsLast(nn.Module):
@@ -371,7 +371,14 @@ def _heads(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in ("classifier", "score", "classification_head") if hasattr(module, name))
 
 
-def _built(module: nn.Module, tokenize: Callable[[Sequence[str]], dict[str, Tensor]] | None) -> BuiltModel:
+def _decode(tokenizer: Any) -> Callable[[Sequence[int]], str]:
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    return decode
+
+
+def _built(module: nn.Module, tokenizer: Any = None, max_length: int = 0) -> BuiltModel:
     module.eval()  # no dropout: cached activations stay exact, and a client replayed alone equals its batched self
 
     def save(folder: Path) -> None:
@@ -386,4 +393,6 @@ def _built(module: nn.Module, tokenize: Callable[[Sequence[str]], dict[str, Tens
             state = {name: value.contiguous() for name, value in module.state_dict().items()}
             save_file(state, folder / "model.safetensors")
 
-    return BuiltModel(module, tokenize, block_stack(module), save)
+    if tokenizer is None:
+        return BuiltModel(module, None, block_stack(module), save)
+    return BuiltModel(module, _tokenize(tokenizer, max_length), block_stack(module), save, _decode(tokenizer))
