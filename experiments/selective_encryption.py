@@ -36,7 +36,8 @@ import torch
 from rich.console import Console
 from torch import Generator, Tensor
 
-from privfm.attacks.reconstruction import label_of_one, labels_present, layer_inputs, shared_input
+from privfm.attacks.reconstruction.candidates import matched_candidates, pursued_candidates, ranks
+from privfm.attacks.reconstruction.linear_layer import label_of_one, labels_present, layer_inputs, shared_input
 from privfm.checks import at_least, require
 from privfm.cli import command
 from privfm.contracts import Channel, Transform, View
@@ -272,49 +273,6 @@ def inverted(weights: Tensor, biases: Tensor, examples: int, vectors: Tensor) ->
     return Inverted(tuple(labels), best[0], best[1])
 
 
-def matched(clear: Tensor, single: Tensor) -> Tensor:
-    """Cosine of what is in the clear, `(clients, d)`, with each sentence's own update `(N, d)`: `(clients, N)`.
-
-    One order of the sentences follows from it: a client's updates are near the mean of its sentences' own ones.
-    """
-    seen = ~clear[0].isnan()
-    own, others = clear[:, seen], single[:, seen]
-    scores: Tensor = (own @ others.T) / (own.norm(dim=1, keepdim=True) * others.norm(dim=1))
-    return scores.masked_fill(scores.isnan(), -inf)  # nothing is seen, or nothing of it moves
-
-
-def taken_apart(clear: Tensor, single: Tensor, examples: int) -> Tensor:
-    """Orthogonal matching pursuit: the sentences whose own updates explain what is in the clear, `(clients, examples)`.
-
-    One sentence is taken at a time, the nearest to what is left over by the best combination of those before it.
-    Without a column in the clear nobody is named: -1.
-
-    Source: Pati, Rezaiifar, Krishnaprasad, "Orthogonal matching pursuit", 1993.
-    """
-    seen = ~clear[0].isnan()
-    own, others = clear[:, seen], single[:, seen]
-    chosen = torch.full((len(own), examples), -1)
-    if not bool(seen.any()):
-        return chosen
-    lengths, rest = others.norm(dim=1), own
-    for place in range(examples):
-        scores = (rest @ others.T / lengths).nan_to_num(-inf)
-        if place:
-            scores.scatter_(1, chosen[:, :place], -inf)
-        chosen[:, place] = scores.argmax(1)
-        parts = others[chosen[:, : place + 1]].double()  # (clients, taken, columns)
-        inner, wanted = parts @ parts.mT, parts @ own.double()[:, :, None]
-        weights = torch.linalg.lstsq(inner, wanted).solution  # of least length where parts depend on each other
-        rest = own - (parts.mT @ weights)[:, :, 0].float()
-    return chosen
-
-
-def ranks(scores: Tensor, rows: Tensor) -> Tensor:
-    """Place of each of the client's rows `(clients, n)` among the scores `(clients, N)`, from 1; ties all come last."""
-    own = scores.gather(1, rows)
-    return torch.stack([(scores >= column[:, None]).sum(1) for column in own.T], dim=1)
-
-
 # --------------------------------------------------------------------------------------------------------- the findings
 
 
@@ -385,7 +343,7 @@ def found_in(scene: Scene, clear: Tensor, kind: Kind, title: str) -> Finding:
     sentences, n = len(scene.vectors), rows.shape[1]
     foreign = rows.roll(1, 0)
     head = inverted(*head_of(scene.bench.layout, clear), n, scene.vectors)
-    matching, picked = matched(clear, scene.single), taken_apart(clear, scene.single, n)
+    matching, picked = matched_candidates(clear, scene.single), pursued_candidates(clear, scene.single, n)
     true = [set(scene.bench.everything.labels[own].tolist()) for own in rows]
     hits = sum(len(own & said) for own, said in zip(true, head.labels, strict=True))
 

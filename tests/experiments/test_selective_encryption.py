@@ -17,14 +17,12 @@ from experiments.selective_encryption import (
     inverted,
     kinds_of,
     main,
-    matched,
     played,
-    ranks,
     selections,
-    taken_apart,
     told_by_choice,
     wires,
 )
+from privfm.attacks.reconstruction.candidates import ranks
 from privfm.checks import InvalidArgument
 from privfm.contracts import MatrixView
 from privfm.vectors import Layout
@@ -91,47 +89,6 @@ def test_several_examples_are_found_less_surely_but_never_by_wrong_labels() -> N
         assert said and said <= set(labels[own].tolist())
     own, foreign = share(found.scores, rows, 4), share(found.scores, rows.roll(1, 0), 4)
     assert 0.5 < own < 1.0 and foreign < 0.05  # chance is 0.01
-
-
-def test_matching_uses_the_clear_columns_alone() -> None:
-    generator = Generator().manual_seed(3)
-    single = torch.randn(SENTENCES, 100, generator=generator)
-    rows, _ = drawn(4)
-    own = single[rows].mean(1)
-    assert share(matched(own, single), rows, 4) > 0.9
-    clear = own.clone()
-    clear[:, 10:] = torch.nan
-    changed = single.clone()
-    changed[:, 10:] = 7.0
-    assert torch.equal(matched(clear, single), matched(clear, changed))
-    assert share(matched(clear, single), rows.roll(1, 0), 4) < 0.05
-    assert share(matched(torch.full_like(own, torch.nan), single), rows, SENTENCES - 1) == 0.0
-    assert share(matched(torch.zeros_like(own), single), rows, SENTENCES - 1) == 0.0
-
-
-def test_a_mean_is_taken_apart_into_what_it_is_the_mean_of() -> None:
-    single = torch.randn(SENTENCES, 100, generator=Generator().manual_seed(3))
-    rows, _ = drawn(8)
-    clear = single[rows].mean(1)
-    clear[:, 60:] = torch.nan
-    changed = single.clone()
-    changed[:, 60:] = 7.0
-    chosen = taken_apart(clear, single, 8)
-    assert torch.equal(chosen, taken_apart(clear, changed, 8))
-    found = [len(set(own.tolist()) & set(said.tolist())) for own, said in zip(rows, chosen, strict=True)]
-    foreign = [len(set(own.tolist()) & set(said.tolist())) for own, said in zip(rows.roll(1, 0), chosen, strict=True)]
-    # 480 sentences: matching alone finds less; chance is 1 in 50, and 26 or more of 480 come with probability 2e-5.
-    assert sum(found) > 0.8 * 480 > 480 * share(matched(clear, single), rows, 8) and sum(foreign) < 26
-    assert all(len(set(said.tolist())) == 8 for said in chosen)
-    assert bool((taken_apart(torch.full_like(clear, torch.nan), single, 8) == -1).all())
-    narrow = clear.clone()
-    narrow[:, 3:] = torch.nan  # more sentences than columns: they depend on each other
-    assert all(len(set(said.tolist())) == 8 for said in taken_apart(narrow, single, 8))
-
-
-def test_ranks_count_ties_against_the_attacker() -> None:
-    scores = torch.tensor([[0.1, 0.9, 0.9, 0.3], [1.0, 1.0, 1.0, 1.0]])
-    assert ranks(scores, torch.tensor([[1, 3], [0, 2]])).tolist() == [[2, 3], [4, 4]]
 
 
 def test_a_choice_of_ones_own_columns_tells_whose_it_is_and_a_random_one_does_not() -> None:
