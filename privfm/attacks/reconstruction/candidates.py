@@ -40,7 +40,8 @@ def pursued_candidates(seen: Tensor, candidates: Tensor, examples: int) -> Tenso
     One candidate is taken at a time, the nearest to what is left over by the best combination of those before it.
 
     Args:
-      seen, candidates: as in `matched_candidates`.
+      seen: as in `matched_candidates`.
+      candidates: as there.
       examples: of each client.
 
     Returns:
@@ -83,7 +84,7 @@ def ranks(scores: Tensor, rows: Tensor) -> Tensor:
 def _in_clear(seen: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
     require(
         seen.dim() == candidates.dim() == 2 and seen.shape[1] == candidates.shape[1] and len(seen) > 0,
-        f"seen has shape {tuple(seen.shape)} and candidates {tuple(candidates.shape)}: expected (clients, d) and (N, d)",
+        f"seen has shape {tuple(seen.shape)}, candidates {tuple(candidates.shape)}: expected (clients, d) and (N, d)",
     )
     hidden = seen.isnan()
     require(bool((hidden == hidden[0]).all()), "clients hide different columns: ask for each by itself")

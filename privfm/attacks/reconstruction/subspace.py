@@ -59,7 +59,7 @@ def row_space(
     Raises:
       InvalidArgument: every matrix is zero or there is none; something is not finite.
     """
-    scaled = [matrix.double() / norm for matrix in matrices if float(norm := matrix.double().norm()) > 0]
+    scaled = [matrix.double() / norm for matrix in matrices if float(norm := matrix.double().norm()) != 0]
     if not scaled:
         raise InvalidArgument("the gradients are zero or missing: nothing can be read from them")
     rows = torch.cat(scaled)

@@ -161,6 +161,13 @@ def test_the_assignment_is_the_best_of_all(predicted: list[list[int]], reference
     assert score.rouge_1 == pytest.approx(sum(pair.rouge_1 for pair in score.pairs) / len(references))
 
 
+def test_an_exact_text_is_not_given_away_for_a_larger_sum() -> None:
+    whole, first, last = (1, 2, 3, 4, 5, 6, 7, 8), (1, 2, 3, 4), (5, 6, 7, 8)
+    score = score_texts([whole, last], [whole, first])
+    # Crosswise each pair has 2/3, 3/5 and 2/3, in sum more than the exact pair's 1 and the rest's 0.
+    assert score.exact == 0.5 and score.rouge_1 == 0.5 and len(score.pairs) == 1
+
+
 def test_tokens_are_distinct_and_special_ones_left_out() -> None:
     assert score_tokens(frozenset({1, 2, 9, 101}), [(101, 1, 1, 2), (101, 3)], special=(101,)) == TokenScore(
         2 / 3, 2 / 3
