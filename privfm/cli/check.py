@@ -10,11 +10,12 @@ from typing import Any, final
 
 import torch
 
+from privfm.attacks.reconstruction import LeakageBudget
 from privfm.checks import InvalidArgument, RoundFailed
 from privfm.cli.errors import DONE, REFUSED, say
 from privfm.cli.explain import public_classes
 from privfm.cli.run import Request, request
-from privfm.contracts import Channel, Knows, Reveals, Rule, Table, UpdateAttack
+from privfm.contracts import BuiltModel, Channel, Knows, Reveals, Rule, Table, UpdateAttack
 from privfm.defenses import DPPlan, Mean
 from privfm.defenses.channels import PairwiseMasks, Selective
 from privfm.engines import Local
@@ -59,6 +60,8 @@ class Outline:
       rooted: the server has examples of its own.
       examples: how many each client holds.
       private_gradients: why local training cannot bound gradients of single examples; empty: it can.
+      leakage: what the first attention layer's gradients give away of a typical client's tokens; empty where no text
+        is read.
     """
 
     arm: Arm
@@ -69,6 +72,7 @@ class Outline:
     rooted: bool
     examples: tuple[int, ...]
     private_gradients: str
+    leakage: str = ""
 
     @classmethod
     def of(cls, config: RunConfig, seed: int) -> Outline:
@@ -88,7 +92,21 @@ class Outline:
         sizes = tuple(len(rows) for rows in dealt.clients)
         d = bench.layout.d
         rounds = affordable_rounds(config, AccountedFacts(d, sizes))
-        return cls(arm_of(config, clients, seed), rounds, config.rounds, d, clients, rooted, sizes, refusal)
+        leakage = _leakage(built, [dealt.table.inputs[row] for row in dealt.clients[0].tolist()], rounds)
+        return cls(arm_of(config, clients, seed), rounds, config.rounds, d, clients, rooted, sizes, refusal, leakage)
+
+
+def _leakage(built: BuiltModel, texts: Sequence[Any], rounds: int) -> str:
+    """The leakage budget of rounds with the same texts, before any noise; a client's own are counted, not shown."""
+    if built.tokenize is None:
+        return ""
+    try:
+        budget = LeakageBudget.of(built.module)
+    except InvalidArgument as reason:
+        return f"Leakage budget: not known, {reason}"
+    tokens = built.tokenize([str(text) for text in texts])
+    real = tokens["input_ids"][tokens["attention_mask"].bool()]
+    return budget.describe(rounds, len(torch.unique(real)), int(tokens["attention_mask"].sum(1).max()))
 
 
 def check(argv: Sequence[str]) -> int:
@@ -111,6 +129,8 @@ def check(argv: Sequence[str]) -> int:
         say(f"problem: {problem.what}\ninstead: {problem.instead}\n")
     for name, text in (*_sizes(outline, measurable=not found), *_who_sees_what(outline)):
         say(f"{name:<16} {text}")
+    if outline.leakage:
+        say(f"\n{outline.leakage}")
     say(f"\n{_privacy(outline)}")
     say(f"\n{len(found)} problem(s): this must not run" if found else "\nno problems; nothing was trained")
     return REFUSED if found else DONE

@@ -22,6 +22,7 @@ PUBLIC_MODULES = (
     "privfm.defenses",
     "privfm.defenses.channels",
     "privfm.attacks",
+    "privfm.attacks.reconstruction",
     "privfm.learning",
     "privfm.federation",
 )

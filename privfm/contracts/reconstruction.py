@@ -99,8 +99,8 @@ class Observation:
         for name, tensor in self.tensors.items():
             require(
                 name in parameters,
-                f"{name!r} is no parameter of the model{nearest_if_any(name, parameters)} Names are those of "
-                "model.named_parameters()",
+                f"{name!r} is no parameter of the model{nearest_if_any(name, parameters)} (names are those of "
+                "model.named_parameters())",
             )
             shape = tuple(parameters[name].shape)
             require(tuple(tensor.shape) == shape, f"{name} has shape {tuple(tensor.shape)}, the model's is {shape}")

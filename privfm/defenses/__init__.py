@@ -42,6 +42,7 @@ from privfm.defenses.privacy import (
     LocalSampling,
     PerLayer,
 )
+from privfm.defenses.reconstruction import GradientPruning
 from privfm.defenses.sign_rules import RobustLearningRate, SignMajority
 from privfm.defenses.spectral_rules import CovarianceFilter, DivideAndConquer
 from privfm.defenses.subset_rules import SMEA, MinimumDiameterAveraging
@@ -79,6 +80,7 @@ __all__ = [
     "FixedPoint",
     "FoolsGold",
     "GeometricMedian",
+    "GradientPruning",
     "GramRule",
     "JudgingRule",
     "Krum",

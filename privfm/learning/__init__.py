@@ -1,6 +1,6 @@
 """Data, models, tasks and local training. Knows nothing of federation, defenses or attacks."""
 
-from privfm.learning.adapter_kinds import IA3, BitFit, LoRA, PromptTuning
+from privfm.learning.adapter_kinds import IA3, BitFit, LoRA, PromptTuning, WholeModel
 from privfm.learning.docstrings import Docstrings
 from privfm.learning.learner import ModelLearner
 from privfm.learning.models import (
@@ -13,6 +13,7 @@ from privfm.learning.models import (
 )
 from privfm.learning.one_step import OneStep
 from privfm.learning.partitions import IID, Dirichlet, Natural, Shards, Sorted
+from privfm.learning.soteria import Soteria
 from privfm.learning.sources import Digits, ImageArrays, ImageData, TextData
 from privfm.learning.splits import SplitShares, split
 from privfm.learning.tasks import CausalLM, ImageClassification, SequenceClassification
@@ -46,10 +47,12 @@ __all__ = [
     "SequenceClassifier",
     "Shards",
     "SmallCNN",
+    "Soteria",
     "Sorted",
     "SplitShares",
     "TextData",
     "VisionTransformer",
+    "WholeModel",
     "Workbench",
     "split",
 ]

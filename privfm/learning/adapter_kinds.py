@@ -1,15 +1,16 @@
-"""What of a pretrained model is trained: low-rank adapters, biases, scales or prompt tokens, beside the head."""
+"""What of a pretrained model is trained beside the head: low-rank adapters, biases, scales, prompt tokens, or all."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, final
 from warnings import catch_warnings, filterwarnings
 
 from torch import nn
 
-from privfm.checks import InvalidArgument, at_least, positive, require
+from privfm.checks import InvalidArgument, at_least, nearest_if_any, positive, require
 from privfm.contracts import Adapter
 from privfm.learning.trunk import block_stack
 
@@ -187,6 +188,66 @@ class PromptTuning(Adapter):
         """Logits of the text's own positions: what PEFT returns has those of the prompt in front."""
         output.logits = output.logits[:, self.tokens :]
         return output
+
+
+@final
+@dataclass(frozen=True)
+class WholeModel(Adapter):
+    """Every parameter of the model, but for those named as frozen: what papers on reconstruction call full gradients.
+
+    Freezing the embeddings is a defense, and a partial one. An update of `d` values shows a server, beside much else:
+
+    | trained                          | what is read off its gradient                                            |
+    |----------------------------------|--------------------------------------------------------------------------|
+    | word embeddings                  | the tokens of the batch: only their rows are not zero. Closed form       |
+    | position embeddings              | the longest text: rows beyond it are zero. Of a ViT, the image (APRIL)   |
+    | head of a language model         | the tokens that are to be predicted: their rows have the other sign      |
+    | any layer's weight               | the span of that layer's inputs, from which span attacks (DAGER) and     |
+    |                                  | gradient matching rebuild whole texts or images                          |
+
+    `frozen=("*embeddings*",)` takes away the first two rows and nothing of the others: whoever tests every token of the
+    vocabulary against the first attention layer's span still finds the bag, and then the sentences. It costs what
+    training the embeddings would have gained, which for a pretrained model and a small task is little, and makes
+    updates shorter by them (half of MiniLM's values). Where a head shares its weight with the embeddings, freezing
+    those freezes both. The protection is not a guarantee of any kind; that needs noise under a `DPPlan`.
+
+    Parameters that the task does not reach (the pooler of an encoder read by its mean token) stay as they are, and are
+    zeros on the wire; private gradients of examples refuse them, so that a plan asks to name them here. Clients are
+    trained one by one, unless embeddings, norms and whatever else is no linear layer are frozen too.
+
+    Args:
+      frozen: patterns of parameter names as in `model.named_parameters()`, `*` standing for any characters.
+
+    Source: the bag of words: Melis, Song, De Cristofaro, Shmatikov, "Exploiting unintended feature leakage in
+    collaborative learning", 2019; frozen embeddings against it: Gupta et al., "Recovering private text in federated
+    learning of language models" (FILM), 2022; spans: Petrov et al., "DAGER: exact gradient inversion for large language
+    models", 2024; images: Lu et al., "APRIL: finding the Achilles' heel on privacy for vision transformers", 2022.
+    """
+
+    frozen: tuple[str, ...] = ()
+
+    def applied(self, module: nn.Module, heads: Sequence[str], task_type: str | None) -> nn.Module:
+        parameters = dict(module.named_parameters())
+        for pattern in self.frozen:
+            found = [name for name in parameters if fnmatchcase(name, pattern)]
+            require(
+                bool(found),
+                f"frozen: no parameter of the model is called {pattern!r}; names are as in model.named_parameters(), "
+                f"such as {next(iter(parameters))!r}{nearest_if_any(pattern, parameters)}",
+            )
+            head = [name for name in found if name.split(".")[0] in heads]
+            require(
+                not head,
+                f"frozen: {pattern!r} names {', '.join(head[:3])} of the head, which is made for the labels at hand "
+                "and has to be trained; name what lies below it",
+            )
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in self.frozen))
+        require(
+            any(parameter.requires_grad for parameter in parameters.values()),
+            f"frozen={self.frozen!r} leaves nothing to train",
+        )
+        return module
 
 
 def applied(adapter: Adapter | None, module: nn.Module, heads: Sequence[str], task_type: str | None) -> nn.Module:

@@ -44,7 +44,7 @@ def sent(model: nn.Module) -> dict[str, Tensor]:
         ({"0.wieght": torch.ones(4, 3)}, r"'0\.wieght' is no parameter of the model; did you mean '0\.weight'\?"),
         (
             {"zzz": torch.ones(1)},
-            r"'zzz' is no parameter of the model.* Names are those of model\.named_parameters\(\)",
+            r"'zzz' is no parameter of the model.* \(names are those of model\.named_parameters\(\)\)",
         ),
         ({"0.weight": torch.ones(3, 4)}, r"0\.weight has shape \(3, 4\), the model's is \(4, 3\)"),
         ({"0.bias": torch.ones(4, dtype=torch.int64)}, r"0\.bias is torch\.int64: expected a float type"),

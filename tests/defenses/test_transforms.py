@@ -100,7 +100,7 @@ class Scaled(Transform):
 
 
 # Values of required fields, by name: enough to make any public transform.
-VALUES = {"beta": 0.5, "bits": 12, "bound": 10.0, "max_grad_norm": 1.5, "parts": (Clip(3.0), Clip(1.5))}
+VALUES = {"beta": 0.5, "bits": 12, "bound": 10.0, "max_grad_norm": 1.5, "parts": (Clip(3.0), Clip(1.5)), "share": 0.5}
 
 
 def made(transform: type[Transform]) -> Transform:
