@@ -245,6 +245,9 @@ class Labels(ReconstructionAttack):
       head: the weight's parameter name; None finds it.
       public: inputs like the clients', token ids `(n, T)` without padding or images `(n, channels, height, width)`;
         None: random ones, where they are needed.
+
+    Source: of one example Zhao, Mopuri, Bilen, "iDLG", 2020; of several, see `counts_by_impact`,
+    `counts_by_probabilities` and `distinct_labels`.
     """
 
     method: Literal["impact", "probabilities", "distinct"] | None = None

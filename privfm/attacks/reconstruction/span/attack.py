@@ -112,7 +112,7 @@ class SpanSearch(ReconstructionAttack):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return ()
+        return ("whole gradients of the first two blocks' query, key and value weights",)
 
     def refusal(self, observation: Observation) -> str:
         if observation.change is not None and observation.change.optimizer != "sgd":
