@@ -309,6 +309,8 @@ class BagOfWords(ReconstructionAttack):
 
     The span holds tokens apart as long as distinct tokens + positions stay under the width; `free` in the facts says
     how many directions are left, and at 0 no token is named.
+
+    Source: see `bag_of_span` and `bag_of_embedding`.
     """
 
     source: Literal["span", "embedding"] = "span"
@@ -335,13 +337,16 @@ class BagOfWords(ReconstructionAttack):
         except InvalidArgument as reason:
             return str(reason)
         if self.source == "span":
-            if input_gradients(text.block(0), tensors):
-                return ""
-            return "no whole gradient of the first attention's query, key or value (or adapter) is seen"
+            seen = input_gradients(text.block(0), tensors)
+            if not seen:
+                return "no whole gradient of the first attention's query, key or value (or adapter) is seen"
+            if not any(bool(one.any()) for one in seen):
+                return "those gradients are zero (adapters' B in a first round): nothing of the data is in them"
+            return ""
         if text.head_name == text.embedding_name:
             return "the embedding is tied to the language-model head: every row is non-zero; take source='span'"
-        seen = tensors.get(text.embedding_name)
-        if seen is None or not bool(seen.isfinite().all()):
+        table = tensors.get(text.embedding_name)
+        if table is None or not bool(table.isfinite().all()):
             return f"the gradient of {text.embedding_name} was not sent whole (frozen, or hidden); take source='span'"
         return ""
 

@@ -160,6 +160,6 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="clients"):
         CuriousServer(Says(), clients=0)
     with pytest.raises(InvalidArgument, match="bends the model"):
-        CuriousServer(Imprint(shape=(1, 4, 4), mean=0.5, deviation=0.1))
+        CuriousServer(Imprint(shape=(1, 4, 4), mean=0.5, deviation=0.1, bins=8))
     with pytest.raises(InvalidArgument, match="fitted"):
         CuriousServer(Says()).look(wire(torch.ones(2, 9)), torch.zeros(9), 0)

@@ -54,6 +54,10 @@ class LoRAReconstruction(ReconstructionAttack):
 
     The number of texts is used if it is declared (`examples`); else numbers are tried, the likeliest first. Lengths,
     labels and the tokenizer are not used.
+
+    Source: that rows lie in the span, and the check of whole texts at the second block: Petrov et al., "DAGER", 2024,
+    for r above the number of tokens; rank-aware pursuit: Davies, Eldar, "Rank awareness in joint sparse recovery",
+    2012; fewer directions than tokens, rounds added up and the search are ours.
     """
 
     texts: bool = True
