@@ -336,19 +336,7 @@ class BagOfWords(ReconstructionAttack):
             text, tensors = text_model(observation.model, self.architecture), observation.gradients
         except InvalidArgument as reason:
             return str(reason)
-        if self.source == "span":
-            seen = input_gradients(text.block(0), tensors)
-            if not seen:
-                return "no whole gradient of the first attention's query, key or value (or adapter) is seen"
-            if not any(bool(one.any()) for one in seen):
-                return "those gradients are zero (adapters' B in a first round): nothing of the data is in them"
-            return ""
-        if text.head_name == text.embedding_name:
-            return "the embedding is tied to the language-model head: every row is non-zero; take source='span'"
-        table = tensors.get(text.embedding_name)
-        if table is None or not bool(table.isfinite().all()):
-            return f"the gradient of {text.embedding_name} was not sent whole (frozen, or hidden); take source='span'"
-        return ""
+        return _span_refusal(text, tensors) if self.source == "span" else _embedding_refusal(text, tensors)
 
     def reconstruct(self, rounds: Sequence[Observation], watch: Watch, generator: Generator) -> Reconstruction:
         """The bag of the one round; uses no chance."""
@@ -379,3 +367,21 @@ def _noise(observation: Observation) -> float:
     """On each coordinate of the gradients: a change's noise is scaled like the change."""
     change, noise = observation.change, observation.declared.noise
     return noise if change is None else noise / (change.learning_rate * change.steps)
+
+
+def _span_refusal(text: TextModel, tensors: Mapping[str, Tensor]) -> str:
+    seen = input_gradients(text.block(0), tensors)
+    if not seen:
+        return "no whole gradient of the first attention's query, key or value (or adapter) is seen"
+    if not any(bool(one.any()) for one in seen):
+        return "those gradients are zero (adapters' B in a first round): nothing of the data is in them"
+    return ""
+
+
+def _embedding_refusal(text: TextModel, tensors: Mapping[str, Tensor]) -> str:
+    if text.head_name == text.embedding_name:
+        return "the embedding is tied to the language-model head: every row is non-zero; take source='span'"
+    seen = tensors.get(text.embedding_name)
+    if seen is None or not bool(seen.isfinite().all()):
+        return f"the gradient of {text.embedding_name} was not sent whole (frozen, or hidden); take source='span'"
+    return ""
