@@ -99,7 +99,7 @@ from privfm.reporting.table import Column, ReportTable, TableRow
 QUESTION = "What does a curious server read of its clients' data, and what does each defence leave of it?"
 COHORT = 4  # clients of a round
 SHORTEST, LONGEST = 8, 16  # tokens of a sentence, special ones included
-BOUND, BITS = 2.0, 28  # of the masks' whole numbers: steps of 7e-9; no coordinate of a gradient here reaches 1
+BOUND, BITS = {"texts": 2.0, "images": 16.0}, 28  # of whole numbers: no coordinate here is larger (a round would fail)
 DELTA = 1e-5
 ALL = 10**6  # a batch of all a client has
 SHOWN = 4  # texts or images of an exhibit
@@ -153,7 +153,7 @@ def dp(noise_multiplier: float, clip: float) -> Defence:
 
 def text_defences(clip: float = 1.0) -> list[Defence]:
     """Defences of texts."""
-    codec = (FixedPoint(BOUND, BITS),)
+    codec = (FixedPoint(BOUND["texts"], BITS),)
     first = ("*word_embeddings*", "*layer.0.attention.self*")
     return [
         Defence("none"),
@@ -161,8 +161,8 @@ def text_defences(clip: float = 1.0) -> list[Defence]:
         *(dp(z, clip) for z in (1e-5, 1e-3, 0.3)),
         Defence("pruning 90 %", pruned=0.9),
         Defence("pruning 99 %", pruned=0.99),
-        Defence("8 bits", transforms=(FixedPoint(BOUND, 8),)),
-        Defence("16 bits", transforms=(FixedPoint(BOUND, 16),)),
+        Defence("8 bits", transforms=(FixedPoint(BOUND["texts"], 8),)),
+        Defence("16 bits", transforms=(FixedPoint(BOUND["texts"], 16),)),
         Defence("embeddings frozen", WholeModel(frozen=("*embeddings*",))),
         Defence("head and embeddings encrypted", encrypted=("*embeddings*", "*classifier*"), transforms=codec,
                 utility=False),
@@ -183,8 +183,8 @@ def image_defences(clip: float = 1.0) -> list[Defence]:
         Defence("pruning 90 %", pruned=0.9),
         Defence("pruning 99 %", pruned=0.99),
         Defence("Soteria 80 %", training=Soteria(one_step(), "network.9", 0.8)),
-        Defence("8 bits", transforms=(FixedPoint(BOUND, 8),)),
-        Defence(f"secure sum of {COHORT}", masked=True, transforms=(FixedPoint(BOUND, BITS),), utility=False),
+        Defence("8 bits", transforms=(FixedPoint(BOUND["images"], 8),)),
+        Defence(f"secure sum of {COHORT}", masked=True, transforms=(FixedPoint(BOUND["images"], BITS),), utility=False),
         Defence("4 local steps", training=SGD(0.05, Schedule(batch_size=ALL, steps=4))),
     ]
 

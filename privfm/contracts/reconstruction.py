@@ -12,7 +12,7 @@ from typing import Literal, final
 import torch
 from torch import Generator, Tensor, nn
 
-from privfm.checks import InvalidArgument, at_least, nearest_if_any, non_negative, one_of, positive, require
+from privfm.checks import InvalidArgument, at_least, fraction, nearest_if_any, non_negative, one_of, positive, require
 
 
 @final
@@ -26,12 +26,14 @@ class LocalSteps:
       optimizer: `sgd` moves along gradients, so that a change is a sum of them; `adam` divides every coordinate by a
         number of its own, and no change is one.
       batch_size: examples of a step; None: all of the client's.
+      momentum: share of the last step's direction that is added to the next gradient.
     """
 
     learning_rate: float
     steps: int = 1
     optimizer: Literal["sgd", "adam"] = "sgd"
     batch_size: int | None = None
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
         positive("learning_rate", self.learning_rate)
@@ -39,6 +41,16 @@ class LocalSteps:
         one_of("optimizer", self.optimizer, ("sgd", "adam"))
         if self.batch_size is not None:
             at_least("batch_size", self.batch_size, 1)
+        fraction("momentum", self.momentum, zero=True, one=False)
+
+    @property
+    def weight(self) -> float:
+        """Of all gradients together in a change, in units of the learning rate: their number, without momentum.
+
+        >>> LocalSteps(0.1, steps=2).weight, LocalSteps(0.1, steps=2, momentum=0.5).weight
+        (2.0, 2.5)
+        """
+        return sum((self.steps - back) * self.momentum**back for back in range(self.steps))
 
 
 @final
@@ -109,7 +121,7 @@ class Observation:
 
     @property
     def gradients(self) -> Mapping[str, Tensor]:
-        """The tensors as gradients: of a change by gradient descent, its mean gradient over the steps.
+        """The tensors as gradients: of a change by gradient descent, the mean over its steps, by momentum's weights.
 
         Raises:
           InvalidArgument: the change is Adam's, which is no multiple of a gradient.
@@ -121,7 +133,7 @@ class Observation:
                 "optimizer='adam': its change divides each coordinate by a number of its own, so that rows no longer "
                 "lie in the span of a layer's inputs; this attack needs gradients or plain gradient descent"
             )
-        factor = -1.0 / (self.change.learning_rate * self.change.steps)
+        factor = -1.0 / (self.change.learning_rate * self.change.weight)
         return {name: tensor * factor for name, tensor in self.tensors.items()}
 
     def told(self, **more: object) -> Observation:

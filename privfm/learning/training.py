@@ -132,8 +132,8 @@ class SGD(Descent):
         return torch.optim.SGD(parameters, lr=self.learning_rate, momentum=self.momentum)
 
     def local_steps(self, examples: int) -> LocalSteps:
-        """Momentum changes the weights of the steps' gradients in their sum, not that it is a sum of them."""
-        return LocalSteps(self.learning_rate, self.schedule.count(examples), "sgd", self.schedule.batch_size)
+        steps, size = self.schedule.count(examples), self.schedule.batch_size
+        return LocalSteps(self.learning_rate, steps, "sgd", size, self.momentum)
 
 
 @final

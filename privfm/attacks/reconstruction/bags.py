@@ -366,7 +366,7 @@ class BagOfWords(ReconstructionAttack):
 def _noise(observation: Observation) -> float:
     """On each coordinate of the gradients: a change's noise is scaled like the change."""
     change, noise = observation.change, observation.declared.noise
-    return noise if change is None else noise / (change.learning_rate * change.steps)
+    return noise if change is None else noise / (change.learning_rate * change.weight)
 
 
 def _span_refusal(text: TextModel, tensors: Mapping[str, Tensor]) -> str:

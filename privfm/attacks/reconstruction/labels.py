@@ -359,7 +359,7 @@ class Labels(ReconstructionAttack):
     def _explained(observation: Observation) -> float:
         """How large a gradient the declared noise explains."""
         change = observation.change
-        steps = 1.0 if change is None else change.learning_rate * change.steps
+        steps = 1.0 if change is None else change.learning_rate * change.weight
         return _DEVIATIONS * observation.declared.noise / steps
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from privfm.attacks.reconstruction.image_scores import score_images
 from privfm.attacks.reconstruction.images import DLG, GradInversion, InvertingGradients
-from privfm.attacks.reconstruction.images.local_updates import Arrangement, LocalTraining, pairs
+from privfm.attacks.reconstruction.images.local_updates import Arrangement, SimulatedClient, pairs
 from privfm.attacks.reconstruction.images.networks import ImageNetwork
 from privfm.attacks.reconstruction.images.objectives import Target, total_variation
 from privfm.attacks.reconstruction.images.search import PixelRange
@@ -62,10 +62,12 @@ def sent(model: nn.Module, images: Tensor, labels: Tensor, **declared: Any) -> O
     return observed.told(shape=tuple(images.shape[1:]), **declared)
 
 
-def trained(model: nn.Module, images: Tensor, labels: Tensor, order: list[list[int]], rate: float) -> dict[str, Tensor]:
-    """A client's change: plain steps of torch's own SGD on these batches."""
+def trained(
+    model: nn.Module, images: Tensor, labels: Tensor, order: list[list[int]], rate: float, momentum: float = 0.0
+) -> dict[str, Tensor]:
+    """A client's change: steps of torch's own SGD on these batches."""
     moved = copy.deepcopy(model)
-    descent = torch.optim.SGD(moved.parameters(), lr=rate)
+    descent = torch.optim.SGD(moved.parameters(), lr=rate, momentum=momentum)
     for batch in order:
         descent.zero_grad()
         loss(moved, images[batch], labels[batch]).backward()
@@ -249,7 +251,7 @@ def test_a_wrongly_inferred_label_is_put_right_during_the_search() -> None:
     labels = torch.tensor([0, 2, 4])
     own = ImageNetwork(model)
     target = Target(sent(model, images, labels).tensors, own.like)
-    training = LocalTraining(own, LocalSteps(1.0), torch.tensor([0, 2, 2]), target.names, seeded(0))
+    training = SimulatedClient(own, LocalSteps(1.0), torch.tensor([0, 2, 2]), target.names, seeded(0))
     gradient = training.sent(images[None], again=False)["6.bias"]
     apart = target.seen("6.bias") - gradient
     assert (int(apart.argmax()), int(apart.argmin())) == (2, 4)
@@ -264,17 +266,19 @@ def test_a_wrongly_inferred_label_is_put_right_during_the_search() -> None:
 # ---- several steps
 
 
-def test_the_simulated_client_is_torchs_own_sgd() -> None:
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_simulated_client_is_torchs_own_sgd(momentum: float) -> None:
     model, (images, labels) = network(13).double(), drawn(4, 13)
     images = images.double()
-    change = trained(model, images, labels, [[2, 0], [3, 1], [1, 0]], rate=0.3)
+    change = trained(model, images, labels, [[2, 0], [3, 1], [1, 0]], 0.3, momentum)
     own = ImageNetwork(model)
-    training = LocalTraining(own, LocalSteps(0.3, 3, batch_size=2), labels, own.trained, seeded(0))
+    training = SimulatedClient(own, LocalSteps(0.3, 3, batch_size=2, momentum=momentum), labels, own.trained, seeded(0))
     assert (training.epochs, training.whole_epochs, training.ordered) == (2, 1, True)
     training.arrangement = Arrangement(labels, torch.tensor([[2, 0, 3, 1], [1, 0, 2, 3]]))
     simulated = training.sent(images.expand(2, *images.shape), again=False)
     for name, one in change.items():
-        assert torch.allclose(simulated[name], one / (-0.3 * 3), atol=1e-13)
+        weight = 3 + 2 * momentum + momentum**2
+        assert torch.allclose(simulated[name], one / (-0.3 * weight), atol=1e-13)
 
 
 def test_two_steps_of_one_example_each_without_the_labels_of_a_step() -> None:
@@ -309,7 +313,7 @@ def test_of_an_unfinished_epoch_only_what_was_used_is_given() -> None:
 def test_epochs_disagree_by_their_sets_and_not_by_their_orders() -> None:
     model, (images, labels) = network(17), drawn(3, 17)
     own = ImageNetwork(model)
-    training = LocalTraining(own, LocalSteps(0.1, 6, batch_size=1), labels, own.trained, seeded(0))
+    training = SimulatedClient(own, LocalSteps(0.1, 6, batch_size=1), labels, own.trained, seeded(0))
     assert float(training.disagreement(torch.stack([images, images[[2, 0, 1]]]))) == pytest.approx(0.0, abs=1e-12)
     assert float(training.disagreement(torch.stack([images, images + 0.2]))) > 1e-3
 

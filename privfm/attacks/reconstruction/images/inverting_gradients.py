@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from privfm.attacks.reconstruction.images.known import Batch, batch_behind, labels_refusal, simulation_refusal
-from privfm.attacks.reconstruction.images.local_updates import Arrangement, LocalTraining
+from privfm.attacks.reconstruction.images.local_updates import Arrangement, SimulatedClient
 from privfm.attacks.reconstruction.images.networks import ImageNetwork
 from privfm.attacks.reconstruction.images.objectives import Target, total_variation
 from privfm.attacks.reconstruction.images.search import Best, Descent, PixelRange
@@ -31,13 +31,13 @@ class Setting:
     target: Target
     batch: Batch
 
-    def training(self, observation: Observation, generator: Generator) -> LocalTraining:
+    def training(self, observation: Observation, generator: Generator) -> SimulatedClient:
         """The client, simulated; in an order that is drawn."""
         if observation.change is None:
-            return LocalTraining(self.network, _ONE_GRADIENT, self.batch.labels, self.target.names, generator)
+            return SimulatedClient(self.network, _ONE_GRADIENT, self.batch.labels, self.target.names, generator)
         # What was trained but is not seen has moved all the same.
         trained = tuple(dict.fromkeys((*self.network.trained, *observation.tensors)))
-        return LocalTraining(self.network, observation.change, self.batch.labels, trained, generator)
+        return SimulatedClient(self.network, observation.change, self.batch.labels, trained, generator)
 
     def surplus_and_missing(self, sent: Mapping[str, Tensor]) -> tuple[int, int]:
         """The labels of which a guess has too many and too few, by the gradient of the logits' offsets.

@@ -45,7 +45,7 @@ class Arrangement:
 
 
 @final
-class LocalTraining:
+class SimulatedClient:
     """A client's local steps, as a differentiable function of the images it might have had; one gradient is one step.
 
     Args:
@@ -77,7 +77,7 @@ class LocalTraining:
         return self._change.steps // self._batches
 
     def sent(self, images: Tensor, arrangement: Arrangement | None = None, again: bool = True) -> dict[str, Tensor]:
-        """The mean gradient over the local steps, by parameter name: the change over `-learning_rate * steps`.
+        """The mean gradient over the local steps, by parameter name: the change over `-learning_rate * weight`.
 
         Args:
           images: `(epochs, examples, channels, height, width)`.
@@ -85,16 +85,19 @@ class LocalTraining:
           again: whether the result can be differentiated.
         """
         labels, order = (one := arrangement or self.arrangement).labels, one.order
-        parameters, total = dict(self._network.parameters), dict[str, Tensor]()
+        parameters, total, moving = dict(self._network.parameters), dict[str, Tensor](), dict[str, Tensor]()
         for step in range(self._change.steps):
             epoch, batch = divmod(step, self._batches)
             chosen = order[epoch, batch * self._size : (batch + 1) * self._size]
             found = self._network.gradients(images[epoch, chosen], labels[chosen], self._trained, parameters, again)
+            if self._change.momentum and step:
+                found = {name: self._change.momentum * moving[name] + found[name] for name in self._trained}
+            moving = found
             # The sum is kept apart from the parameters: their difference would lose the digits that they have more.
             total = {name: total[name] + found[name] if step else found[name] for name in self._trained}
             moved = {name: parameters[name] - self._change.learning_rate * found[name] for name in self._trained}
             parameters = parameters | moved
-        return {name: one / self._change.steps for name, one in total.items()}
+        return {name: one / self._change.weight for name, one in total.items()}
 
     def disagreement(self, images: Tensor) -> Tensor:
         """How far epochs are from holding the same set of images: of each pixel's mean and mean square over the set.

@@ -185,7 +185,7 @@ class SpanSearch(ReconstructionAttack):
             return layer_span(rows, self.reserve, observation.declared.noise)
         weights = dict(text.model.named_parameters())
         rounded = rounding([weights[part.weight].detach() for part in parts], change.steps, change.learning_rate)
-        noise = math.hypot(observation.declared.noise / (change.learning_rate * change.steps), rounded)
+        noise = math.hypot(observation.declared.noise / (change.learning_rate * change.weight), rounded)
         return layer_span(rows, self.reserve, noise, _DRIFT if change.steps > 1 else 0.0)
 
     def _endings(self, text: TextModel, observation: Observation, nodes: Sequence[Prefix], sharp: bool) -> Endings:
