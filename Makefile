@@ -20,11 +20,12 @@ demo: $(STAMP) ## the trade-off of privacy, robustness and utility on a real mod
 test: $(STAMP) ## all tests; linter, types and import contracts run among them
 	$(RUN) pytest -n 2 --dist worksteal
 
-bench: .venv-bench/.installed $(STAMP) ## aggregation, private steps, many clients and encryption beside other libraries
+bench: .venv-bench/.installed $(STAMP) ## aggregation, private steps, many clients, encryption and reconstruction beside others
 	.venv-bench/bin/python -m benchmarks.aggregation
 	.venv-bench/bin/python -m benchmarks.private_step
 	.venv-bench/bin/python -m benchmarks.clients
 	$(RUN) benchmarks.encryption
+	$(RUN) benchmarks.reconstruction
 
 lint: $(STAMP) ## linter, formatting and import contracts only
 	$(RUN) ruff check .
