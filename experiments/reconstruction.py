@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
-from math import hypot
+from math import hypot, sqrt
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal, final
@@ -392,7 +392,7 @@ def attacked(
     rows = cohort_rows(scene, defence, batch, seed)
     seen, truth = observed(bench, federation_of(bench, defence, rows, seed), defence)
     special, chance = special_tokens(bench.everything), chance_of(scene, bench, truth, seed)
-    noise = noise_of(defence, RATES[scene.part], batch)
+    noise = noise_of(defence, RATES[scene.part], batch, seen.clients)
     for run in scene.runs:
         if batch > run.most:
             continue
@@ -408,11 +408,16 @@ def attacked(
         yield cell, exhibit(bench, cell, found, truth)
 
 
-def noise_of(defence: Defence, rate: float, batch: int) -> float:
-    """Deviation on every coordinate of what is sent, which is public: the plan's, and at most that of the rounding."""
+def noise_of(defence: Defence, rate: float, batch: int, clients: int) -> float:
+    """Deviation on every coordinate of the mean that is received, which is public: of the plan, and of the rounding.
+
+    A coordinate that lies anywhere between two steps is rounded to either with a variance of step^2 / 6 on average.
+    """
     plan = defence.plan
     drawn = 0.0 if plan is None else rate * plan.noise_multiplier * plan.max_grad_norm / batch
-    rounded = [transform.step / 2 for transform in defence.transforms if isinstance(transform, FixedPoint)]
+    rounded = [
+        transform.step / sqrt(6 * clients) for transform in defence.transforms if isinstance(transform, FixedPoint)
+    ]
     return hypot(drawn, *rounded)
 
 

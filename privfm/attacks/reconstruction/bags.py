@@ -33,6 +33,13 @@ _MISTAKES: Final = 0.01
 """Expected number of tokens, over the whole vocabulary, that are named by chance."""
 
 
+_NO_ZERO: Final = (
+    "no row of the embedding's gradient is zero: noise or weight decay, or a batch of all tokens; declare the noise "
+    "(observation.told(noise=...)), or take source='span'"
+)
+"""Why rows do not tell tokens that occur from others."""
+
+
 @final
 @dataclass(frozen=True)
 class Bag:
@@ -70,7 +77,8 @@ def bag_of_span(text: TextModel, basis: Tensor, positions: int, tolerance: float
     |---------------------------|-----------------------------------------------------------------------------------|
     | encoder, GPT-2            | `gamma * centred(w_t)` modulo the basis, `positions` position vectors and beta    |
     | rotary (Llama and others) | the token's input itself: it is the same at every position                        |
-    | span as wide as the input | nothing: `free` is 0 and no token is named                                        |
+    | span as wide as the input | nothing: `free` is 0 and no token is named. A norm that centres closes one        |
+    |                           | direction beforehand                                                              |
     | a row of zeros (padding)  | never taken: it has no direction                                                  |
 
     Args:
@@ -100,7 +108,10 @@ def bag_of_span(text: TextModel, basis: Tensor, positions: int, tolerance: float
         f"positions={positions}: the model has {most}; lower positions",
     )
     known = known_directions(text, positions)
-    joined = basis.double() if known is None else _joined(basis.double(), known, tolerance)
+    if known is None:
+        joined = basis.double()
+    else:
+        joined = _joined(basis.double(), torch.cat([known, _closed_directions(text)]), tolerance)
     free = width - len(joined)
     if free <= 0:
         return Bag((), torch.zeros(0, dtype=torch.float64), inf, 0, float(text.vocabulary))
@@ -124,14 +135,14 @@ def token_directions(text: TextModel, tokens: Tensor) -> Tensor:
     """
     if not text.positional:
         return text.first_inputs(tokens, torch.zeros_like(tokens))
-    return _centred(text, text.embedding.weight.detach()[tokens].double())
+    return _centred(text, text.embedding.weight.detach()[tokens].cpu().double())
 
 
 def known_directions(text: TextModel, positions: int) -> Tensor | None:
     """What the first positions and the norm's shift add to it, `(positions + 1, d)` float64; None where nothing is."""
     if not text.positional:
         return None
-    return torch.cat([position_directions(text, positions), norm_of(text).bias.detach().double()[None]])
+    return torch.cat([position_directions(text, positions), norm_of(text).bias.detach().cpu().double()[None]])
 
 
 def position_directions(text: TextModel, positions: int) -> Tensor:
@@ -140,12 +151,25 @@ def position_directions(text: TextModel, positions: int) -> Tensor:
     if isinstance(text, Encoder):
         rows = text.added(places)
     elif isinstance(text, GPT2):
-        rows = text.root.wpe.weight.detach()[places].double()
+        rows = text.root.wpe.weight.detach()[places].cpu().double()
     else:
         raise InvalidArgument(
             f"{type(text).__name__}: how it adds positions is not known; derive the architecture from Encoder or GPT2"
         )
     return _centred(text, rows)
+
+
+def _closed_directions(text: TextModel) -> Tensor:
+    """Directions that no `gamma * centred(w_t)` has, `(n, d)` float64: open or not, they tell no token from another.
+
+    Rows are centred before gamma, so that all are orthogonal to 1 / gamma; where a gamma is 0, all lack that
+    coordinate. Counted as free, they would let a span without room for anything pass for one that holds every token.
+    """
+    gamma: Tensor = norm_of(text).weight.detach().cpu().double()
+    dead = gamma == 0
+    if bool(dead.any()):
+        return torch.eye(len(gamma), dtype=torch.float64)[dead]
+    return gamma.reciprocal()[None]
 
 
 def norm_of(text: TextModel) -> Any:
@@ -154,7 +178,7 @@ def norm_of(text: TextModel) -> Any:
 
 
 def _centred(text: TextModel, rows: Tensor) -> Tensor:
-    found: Tensor = (rows - rows.mean(-1, keepdim=True)) * norm_of(text).weight.detach().double()
+    found: Tensor = (rows - rows.mean(-1, keepdim=True)) * norm_of(text).weight.detach().cpu().double()
     return found
 
 
@@ -257,6 +281,7 @@ def bag_of_embedding(text: TextModel, gradient: Tensor, noise: float = 0.0) -> B
     | its own parameter            | every token that occurs, and no other; padding excepted                           |
     | with noise                   | rows longer than a row of pure noise, 0.01 false ones expected in the vocabulary  |
     | tied to a language-model head | refused: the head's softmax makes every row non-zero                             |
+    | no row is zero               | without noise refused: noise nobody has told of, or weight decay                  |
 
     Args:
       text: the model.
@@ -280,6 +305,7 @@ def bag_of_embedding(text: TextModel, gradient: Tensor, noise: float = 0.0) -> B
         "the embedding is tied to the language-model head, whose softmax makes every row non-zero; take source='span'",
     )
     sizes = gradient.detach().double().norm(dim=1).cpu()
+    require(noise > 0 or not bool((sizes > 0).all()), _NO_ZERO)
     rows, width = shape
     least = noise * (sqrt(width) + sqrt(2 * log(rows / _MISTAKES)))
     taken = (sizes > least).nonzero()[:, 0]
@@ -336,7 +362,9 @@ class BagOfWords(ReconstructionAttack):
             text, tensors = text_model(observation.model, self.architecture), observation.gradients
         except InvalidArgument as reason:
             return str(reason)
-        return _span_refusal(text, tensors) if self.source == "span" else _embedding_refusal(text, tensors)
+        if self.source == "span":
+            return _span_refusal(text, tensors)
+        return _embedding_refusal(text, tensors, observation.declared.noise)
 
     def reconstruct(self, rounds: Sequence[Observation], watch: Watch, generator: Generator) -> Reconstruction:
         """The bag of the one round; uses no chance."""
@@ -378,10 +406,10 @@ def _span_refusal(text: TextModel, tensors: Mapping[str, Tensor]) -> str:
     return ""
 
 
-def _embedding_refusal(text: TextModel, tensors: Mapping[str, Tensor]) -> str:
+def _embedding_refusal(text: TextModel, tensors: Mapping[str, Tensor], noise: float) -> str:
     if text.head_name == text.embedding_name:
         return "the embedding is tied to the language-model head: every row is non-zero; take source='span'"
     seen = tensors.get(text.embedding_name)
     if seen is None or not bool(seen.isfinite().all()):
         return f"the gradient of {text.embedding_name} was not sent whole (frozen, or hidden); take source='span'"
-    return ""
+    return _NO_ZERO if noise == 0 and bool(seen.any(1).all()) else ""

@@ -45,7 +45,7 @@ def head_of(model: nn.Module, inputs: Tensor | None = None) -> tuple[str, str | 
 
 
 def traced(model: nn.Module, inputs: Tensor, weight_name: str | None = None) -> tuple[Tensor, Tensor, nn.Module]:
-    """Logits `(b, c)`, what the head was given for them `(b, h)`, both float64, and the head, by a run of the model.
+    """Logits `(b, c)`, what the head was given for them `(b, h)`, both float64 on the CPU, and the head, by a run.
 
     Args:
       model: is run once, without dropout and without gradients; nothing of it changes.
@@ -87,7 +87,7 @@ def traced(model: nn.Module, inputs: Tensor, weight_name: str | None = None) -> 
     for module, given, put_out in reversed(calls):
         features = _behind(logits, given, put_out)
         if features is not None:
-            return logits.double(), features.double(), module
+            return logits.cpu().double(), features.cpu().double(), module
     raise InvalidArgument(f"no linear layer of {type(model).__name__} puts out the logits: {_PROVIDE}")
 
 
@@ -99,7 +99,7 @@ def _behind(logits: Tensor, given: Tensor, put_out: Tensor) -> Tensor | None:
     nearest = (outputs - logits[:, None, :]).abs().amax(2).min(1)  # one position of several may be the one that counts
     if not bool((nearest.values <= 1e-5 * logits.abs().max().clamp_min(1e-6)).all()):
         return None
-    return rows[torch.arange(len(logits)), nearest.indices]
+    return rows[torch.arange(len(logits), device=rows.device), nearest.indices]
 
 
 def _by_structure(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Final, final
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from privfm.attacks.reconstruction.image_scores import score_images
 from privfm.attacks.reconstruction.text_scores import score_texts, score_tokens
-from privfm.checks import InvalidArgument, at_least, positive, require
+from privfm.checks import InvalidArgument, at_least, non_negative, positive, require
 from privfm.contracts import (
     Declared,
     Examples,
@@ -140,6 +140,10 @@ class CuriousServer(ServerAttack):
       rounds: in which it looks, from 0; looking costs time.
       clients: observations that it attacks in a round, the first ones.
       seconds: for each.
+      noise: standard deviation on each coordinate of an update as it arrives, of a sum in units of its mean. It is
+        public where a plan or a codec makes it: z C / B of a batch of B under example-level noise of clients (times
+        the learning rate), `step / sqrt(6 n)` of n clients behind `FixedPoint`. An attack that is not told takes noise
+        for data and finds nothing, which is no protection.
     """
 
     attack: ReconstructionAttack
@@ -147,12 +151,14 @@ class CuriousServer(ServerAttack):
     rounds: tuple[int, ...] = (0,)
     clients: int = 1
     seconds: float = 60.0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.told if name not in TELLABLE]
         require(not unknown, f"told={self.told!r}: expected names of {', '.join(TELLABLE)}")
         at_least("clients", self.clients, 1)
         positive("seconds", self.seconds)
+        non_negative("noise", self.noise)
         require(not self.attack.malicious, f"{type(self.attack).__name__} bends the model: a curious server does not")
 
     def fitted(self, scene: ServerScene) -> ServerAttack:
@@ -187,7 +193,8 @@ class _Seated(ServerAttack):
         if not tensors:
             return {"refused": 1.0}
         change = self.scene.change(max(map(len, truth)))
-        seen = Observation(module, tensors, change, told(truth, self.settings.told), len(members))
+        declared = replace(told(truth, self.settings.told), noise=self.settings.noise)
+        seen = Observation(module, tensors, change, declared, len(members))
         if self.settings.attack.refusal(seen):
             return {"refused": 1.0}
         found = self.settings.attack(seen, seconds=self.settings.seconds)

@@ -272,6 +272,8 @@ class Labels(ReconstructionAttack):
             return f"neither {head.name} nor a bias beside it was sent whole; `labels_present` reads a part of a bias"
         if not any(bool(one.any()) for one in (head.weight, head.bias) if one is not None):
             return f"the gradient of {head.name} is zero: nothing can be read from it"
+        if any(len(one) == 1 for one in (head.weight, head.bias) if one is not None):
+            return f"{head.name} puts out one number: a regression has no labels"
         return self._misfit(observation, head)
 
     def _misfit(self, observation: Observation, head: _Head) -> str:
@@ -381,7 +383,7 @@ def _labels(head: _Head, gradient: Tensor, probabilities: Tensor | None, example
 def _seen(observation: Observation, name: str | None) -> Tensor | None:
     """A gradient that was sent whole."""
     found = observation.gradients.get(name) if name is not None else None
-    return None if found is None or bool(found.isnan().any()) else found
+    return None if found is None or bool(found.isnan().any()) else found.cpu()
 
 
 def _first_stage(gradient: Tensor, examples: int, least: float) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ def target_shares(gradient: Tensor) -> dict[int, float]:
     ours.
     """
     require(gradient.dim() == 2, f"gradient has shape {tuple(gradient.shape)}: expected (V, h)")
-    rows = gradient.double()
+    rows = gradient.cpu().double()
     norms = rows.norm(dim=1)
     seen = (norms > 0).nonzero()[:, 0]  # NaN compares as false
     require(len(seen) > 0, "the head's gradient is zero or hidden: no targets can be read from it")

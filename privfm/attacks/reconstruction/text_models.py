@@ -81,7 +81,9 @@ class Block:
 
 
 class TextModel(ABC):
-    """A transformer as an attack sees it. The model itself stays as it is.
+    """A transformer as an attack sees it. The model itself stays as it is, on whatever device it lies.
+
+    Tokens are given, and what is computed is given back, on the CPU, where attacks keep what they have observed.
 
     A variant that is not known is attacked by giving an attack a subclass of this as its `architecture`.
 
@@ -141,6 +143,11 @@ class TextModel(ABC):
         """Number of blocks."""
 
     # ------------------------------------------------------------------------------------- what follows from it
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.embedding.weight.device
 
     @property
     def vocabulary(self) -> int:
@@ -222,12 +229,12 @@ class TextModel(ABC):
         hook = self.block(number).module.register_forward_pre_hook(stop)
         try:
             with torch.no_grad(), asleep(self.root):
-                self.root(input_ids=tokens, attention_mask=mask)
+                self.root(input_ids=tokens.to(self.device), attention_mask=mask.to(self.device))
         except _Enough:
             pass
         finally:
             hook.remove()
-        return seen[0]
+        return seen[0].cpu()
 
     def require_as_computed(self) -> None:
         """Tries `first_inputs` against the model's own code.
@@ -236,11 +243,12 @@ class TextModel(ABC):
           InvalidArgument: they differ.
         """
         tokens = torch.tensor([[4, 3, 5, 7]]) % self.vocabulary  # 0 and 1 are padding somewhere
-        computed = self.inputs(0, tokens)[0].double()
+        given = self.inputs(0, tokens)[0]
+        computed, computed_type = given.double(), given.dtype
         said = self.first_inputs(tokens[0], torch.arange(4))
         error = float((computed - said).norm() / computed.norm())
         require(
-            error < _SAME,
+            error < max(_SAME, _ROUNDINGS * torch.finfo(computed_type).eps),
             f"{type(self.root).__name__} computes the input of its first attention in another way than "
             f"{type(self).__name__} says (relative difference {error:.1g}); {_PROVIDE}",
         )
@@ -251,7 +259,10 @@ class _Enough(Exception):  # no error: the block that was asked for has been rea
 
 
 _SAME: Final = 1e-3
-"""Relative difference of float32 or bfloat16 arithmetic; another formula is off by far more."""
+"""Relative difference of float32 arithmetic; another formula is off by far more."""
+
+_ROUNDINGS: Final = 2.0
+"""Units of a coarser type's precision by which its arithmetic may differ: sum and norm in bfloat16 are off by 0.5."""
 
 _PROVIDE: Final = (
     "give the attack architecture=, a subclass of TextModel that names the token embedding, the maps of query, key and "
@@ -281,7 +292,7 @@ def _inside(model: nn.Module, fits: Callable[[Any], bool]) -> Any:
 
 def _standardised(rows: Tensor, norm: Any) -> Tensor:
     """A LayerNorm in float64."""
-    weight, bias = norm.weight.detach().double(), norm.bias.detach().double()
+    weight, bias = norm.weight.detach().cpu().double(), norm.bias.detach().cpu().double()
     return nn.functional.layer_norm(rows, rows.shape[-1:], weight, bias, norm.eps)
 
 
@@ -335,9 +346,9 @@ class Encoder(TextModel):
     def added(self, positions: Tensor) -> Tensor:
         """What is added to a token at these positions before the norm, `(n, d)` float64."""
         embeddings = self.root.embeddings
-        rows: Tensor = embeddings.position_embeddings.weight.detach()[positions + self.first_position].double()
+        rows: Tensor = embeddings.position_embeddings.weight.detach()[positions + self.first_position].cpu().double()
         kinds = getattr(embeddings, "token_type_embeddings", None)
-        return rows if kinds is None else rows + kinds.weight.detach()[0].double()
+        return rows if kinds is None else rows + kinds.weight.detach()[0].cpu().double()
 
     @property
     def norm(self) -> Any:
@@ -345,7 +356,7 @@ class Encoder(TextModel):
         return self.root.embeddings.LayerNorm
 
     def first_inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        rows = self.embedding.weight.detach()[tokens].double() + self.added(positions)
+        rows = self.embedding.weight.detach()[tokens].cpu().double() + self.added(positions)
         return _standardised(rows, self.norm)
 
     def _attention(self, block: int) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -382,7 +393,8 @@ class GPT2(TextModel):
         return found
 
     def first_inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        rows = self.embedding.weight.detach()[tokens].double() + self.root.wpe.weight.detach()[positions].double()
+        words, places = self.embedding.weight.detach()[tokens], self.root.wpe.weight.detach()[positions]
+        rows = words.cpu().double() + places.cpu().double()
         return _standardised(rows, self.root.h[0].ln_1)
 
     def _attention(self, block: int) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -424,9 +436,9 @@ class Llama(TextModel):
 
     def first_inputs(self, tokens: Tensor, positions: Tensor) -> Tensor:
         norm = self.root.layers[0].input_layernorm
-        rows = self.embedding.weight.detach()[tokens].double()
+        rows = self.embedding.weight.detach()[tokens].cpu().double()
         scale = (rows.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
-        found: Tensor = rows * scale * norm.weight.detach().double()
+        found: Tensor = rows * scale * norm.weight.detach().cpu().double()
         return found
 
     def _attention(self, block: int) -> tuple[nn.Module, nn.Module, nn.Module]:

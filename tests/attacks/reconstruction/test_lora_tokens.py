@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from privfm.attacks.reconstruction.bags import bag_of_span
 from privfm.attacks.reconstruction.lora import LoRAReconstruction
-from privfm.attacks.reconstruction.lora.tokens import Dictionary, adapter_rows, pursue
+from privfm.attacks.reconstruction.lora.greedy import Dictionary, Search
+from privfm.attacks.reconstruction.lora.rows import AdapterRows, adapter_rows
+from privfm.attacks.reconstruction.lora.tokens import pursue
 from privfm.attacks.reconstruction.subspace import row_space
 from privfm.attacks.reconstruction.text_models import text_model
 from privfm.checks import InvalidArgument
@@ -72,6 +74,11 @@ def llama(rank: int = 3) -> Any:
 Observed = Callable[..., Observation]
 
 
+def given(rows: Tensor) -> AdapterRows:
+    """Rows as if they were float32 gradients of one matrix."""
+    return AdapterRows(rows, torch.zeros(len(rows)).bool(), torch.full((len(rows),), 1e-8), torch.ones(len(rows)))
+
+
 def rounds(observed: Observed, model: nn.Module, count: int, texts: Any = TEXTS) -> list[Observation]:
     return [observed(moved(model, seed), texts, [0, 1, 1][: len(texts)]) for seed in range(1, count + 1)]
 
@@ -126,7 +133,7 @@ def test_coefficients_are_sums_over_occurrences(observed: Observed) -> None:
     delta = seen["output"].grad
     assert delta is not None
     text = text_model(model)
-    found = pursue(Dictionary(text, 6), adapter_rows(text, [observation]).rows, Watch())
+    found = pursue(Dictionary(text, 6), adapter_rows(text, [observation]), Watch())
     assert sorted(found.tokens) == sorted(texts[0])
     name = text.block(0).query.lora_a
     assert name is not None
@@ -173,6 +180,85 @@ def test_foreign_and_permuted_gradients_give_nothing(observed: Observed) -> None
         assert float(found.facts["residual"]) > 1e-2
 
 
+def noisy(observation: Observation, share: float, seed: int) -> tuple[Observation, float]:
+    """Gaussian noise on every tensor, as a share of the root mean square of the first attention's gradients of A."""
+    part = text_model(observation.model).block(0)
+    first = [observation.tensors[name] for name in (part.query.lora_a, part.value.lora_a) if name is not None]
+    noise = share * float(torch.cat(first).square().mean().sqrt())
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: one + noise * torch.randn(one.shape, generator=generator) for name, one in observation.tensors.items()
+    }
+    return replace(observation, tensors=tensors), noise
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["declared", "found"])
+def test_noise_takes_tokens_away_and_adds_none(observed: Observed, told: bool) -> None:
+    """What is named is there at any noise, and under more noise less is named, down to nothing."""
+    counts = []
+    for share in (1e-4, 1e-2, 3e-1, 3.0):
+        named = []
+        for seed in (1, 2, 3):
+            observation, noise = noisy(observed(moved(bert(4, width=96), seed), TEXTS, [0, 1, 1]), share, seed)
+            found = TOKENS_ONLY(observation.told(noise=noise) if told else observation)
+            assert found.tokens <= BAG
+            assert found.texts == ()
+            assert found.used == (("noise",) if told else ())
+            assert len(str(found.facts["ranking"]).split(", ")) == 32
+            if found.tokens:
+                assert float(found.facts["noise"]) == pytest.approx(noise) if told else found.facts["noise"]
+            named.append(len(found.tokens))
+        counts.append(sum(named))
+    assert counts == sorted(counts, reverse=True)
+    assert (counts[0], counts[-1]) == (3 * len(BAG), 0)
+
+
+def test_noise_that_is_declared_too_small_gives_nothing(observed: Observed) -> None:
+    observation, noise = noisy(observed(moved(bert(4, width=96), 1), TEXTS, [0, 1, 1]), 0.01, 1)
+    assert TOKENS_ONLY(observation.told(noise=noise / 30)).tokens == frozenset()
+
+
+def test_rounding_is_known_from_the_type_and_from_the_change(observed: Observed) -> None:
+    """By hand: four epsilons of a row's length; a change by steps of 0.1 rounds as the parameters do, tenfold."""
+    observation = observed(moved(bert(2), 1), TEXTS, [0, 1, 1])
+    text = text_model(observation.model)
+    name = text.block(0).query.lora_a
+    assert name is not None
+    gradient = observation.tensors[name].double()
+    sent = adapter_rows(text, [observation])
+    epsilon, scale = 2.0**-23, 48**0.5 * gradient.norm()
+    torch.testing.assert_close(sent.rounding[:2], 4 * epsilon * gradient.norm(dim=1) / scale)
+    torch.testing.assert_close(sent.unit[:2], 1 / gradient.norm().expand(2))
+    change = adapter_rows(text, [replace(observation, change=LocalSteps(0.1, 1))])
+    stored = observation.model.get_parameter(name).detach().double().norm(dim=1)
+    gradient, scale = -10 * gradient, 10 * scale
+    expected = (gradient.norm(dim=1).square() + (10 * stored).square()).sqrt() * 4 * epsilon / scale
+    torch.testing.assert_close(change.rounding[:2], expected)
+    torch.testing.assert_close(change.unit[:2], 10 / gradient.norm().expand(2))
+    halves = replace(observation, tensors={key: one.bfloat16() for key, one in observation.tensors.items()})
+    assert TOKENS_ONLY(halves).tokens <= BAG
+
+
+def test_evidence_is_least_squares_done_slowly(observed: Observed) -> None:
+    """A token explains what the residual grows by without it; a rival what it shrinks by with it in its place."""
+    observation = observed(moved(bert(4, width=96), 1), TEXTS[:1], [0])
+    text = text_model(observation.model)
+    dictionary, sent = Dictionary(text, 8), adapter_rows(text, [observation])
+    rows = dictionary.without_known(sent.rows) / 0.01
+    tokens = [1, 15, 16, 27]
+    gains, others = Search(dictionary, rows, tokens).evidence()
+
+    def left(chosen: list[int]) -> float:
+        vectors = dictionary.exactly(torch.tensor(chosen)).T
+        return float((rows.T - vectors @ torch.linalg.lstsq(vectors, rows.T).solution).square().sum())
+
+    for number, token in enumerate(tokens):
+        fewer = [one for one in tokens if one != token]
+        assert float(gains[number]) == pytest.approx(left(fewer) - left(tokens), rel=1e-6)
+        rivals = [left(fewer) - left([*fewer, one]) for one in range(400) if one not in tokens and one != 0]
+        assert float(others[number]) == pytest.approx(max(rivals), rel=1e-6)
+
+
 def test_longer_texts_than_expected_are_noticed(observed: Observed) -> None:
     observation = observed(moved(bert(4, width=96), 1), TEXTS, [0, 1, 1])
     assert LoRAReconstruction(texts=False, positions=2)(observation).tokens == BAG
@@ -215,11 +301,11 @@ def test_bad_input_and_time() -> None:
         LoRAReconstruction(shakes=-1)
     dictionary = Dictionary(text_model(bert()), 8)
     with pytest.raises(InvalidArgument, match="no gradient"):
-        pursue(dictionary, torch.zeros(0, 48, dtype=torch.float64), Watch())
+        pursue(dictionary, given(torch.zeros(0, 48, dtype=torch.float64)), Watch())
     with pytest.raises(InvalidArgument, match="shape"):
-        pursue(dictionary, torch.zeros(3, 47, dtype=torch.float64), Watch())
+        pursue(dictionary, given(torch.zeros(3, 47, dtype=torch.float64)), Watch())
     with pytest.raises(InvalidArgument, match="positions alone"):
-        pursue(dictionary, dictionary.known[:2], Watch())
+        pursue(dictionary, given(dictionary.known[:2]), Watch())
     over = Watch(1e-9)
-    found = pursue(dictionary, torch.randn(3, 48, dtype=torch.float64), over)
-    assert (found.tokens, found.sure) == ((), False)
+    found = pursue(dictionary, given(torch.randn(3, 48, dtype=torch.float64)), over)
+    assert (found.tokens, found.sure, found.explained, found.whole) == ((), frozenset(), False, False)

@@ -261,3 +261,18 @@ def test_real_sentences_of_minilm(
     found = AttentionPursuit()(Observation(model, seen))
     assert only(batch, found)
     assert found.facts["examples"] == count and found.used == ()
+
+
+@pytest.mark.parametrize("exponent", range(-8, 1))
+def test_under_any_declared_noise_it_ends_and_says_nothing_false(
+    exponent: int, sent: Callable[..., dict[str, Tensor]]
+) -> None:
+    """From noise that hides nothing to noise that hides all but the first position, and then that too."""
+    model = encoder()
+    texts = [(1, 20, 31, 42, 2), (1, 53, 64, 2)]
+    gradients = sent(model, texts, [0, 1])
+    scale = 10.0**exponent
+    generator = torch.Generator().manual_seed(exponent + 8)
+    noised = {name: one + scale * torch.randn(one.shape, generator=generator) for name, one in gradients.items()}
+    found = AttentionPursuit()(Observation(model, noised, declared=Declared(noise=scale)), seconds=20)
+    assert set(found.texts) <= set(texts)

@@ -9,7 +9,7 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from privfm.attacks.reconstruction.lora.tokens import adapter_rows
+from privfm.attacks.reconstruction.lora.rows import adapter_rows
 from privfm.attacks.reconstruction.text_models import TextModel, text_model
 from privfm.contracts import Observation
 

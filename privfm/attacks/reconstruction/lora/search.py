@@ -39,6 +39,12 @@ _SHAKEN: Final = 3
 _LEADERS: Final = 8
 """Texts of a guess by which the ending token is chosen: more cost time and tell no more."""
 
+_ENDINGS: Final = 2
+"""Likeliest ending tokens with which searches begin: of texts as alike as two lines of code the first can be wrong."""
+
+_CLOSE: Final = 0.1
+"""Cost by which the second may be worse to be begun with: where texts can be told at all it is worse by 0.5 or more."""
+
 _GROUPINGS: Final = 4
 """Of tokens into a known number of texts, each a place to begin."""
 
@@ -122,8 +128,11 @@ class Assembly:
             weighed = [dict(enumerate(self._texts(groups[:_LEADERS], last))) for last in endings]
             found = self.judge.costs(weighed, number % len(self.judge.layers))
             costs += found - found.mean()
-        last = endings[int(costs.argmin())]
-        return sorted((self._guess(groups, last) for groups in groupings), key=lambda guess: guess.cost)
+        likely = [endings[number] for number in costs.argsort().tolist()[:_ENDINGS]]
+        guesses = [self._guess(groups, last) for groups in groupings for last in likely]
+        best = {last: min(guess.cost for guess in guesses if guess.last == last) for last in likely}
+        open_still = [guess for guess in guesses if best[guess.last] < min(best.values()) + _CLOSE]
+        return sorted(open_still, key=lambda guess: guess.cost)
 
     def _counts(self) -> list[int]:
         """Numbers of texts that can hold the bag, from the fewest up to three times as many."""

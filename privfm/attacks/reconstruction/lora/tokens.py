@@ -9,41 +9,36 @@ tells; far below that, rank-aware pursuit finds the tokens all the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, final
 
 import torch
 from torch import Tensor
 
-from privfm.attacks.reconstruction.bags import known_directions, token_directions
-from privfm.attacks.reconstruction.text_models import TextModel
+from privfm.attacks.reconstruction.bags import token_directions
+from privfm.attacks.reconstruction.lora.greedy import Dictionary, Search
+from privfm.attacks.reconstruction.lora.rows import AdapterRows
 from privfm.checks import InvalidArgument, require
-from privfm.contracts import Observation, Watch
+from privfm.contracts import Watch
 
-_EXPLAINED: Final = 1e-4
-"""Share of the rows left over at which they are explained. Float32 gradients end at 2e-7, one token short at 1e-2."""
+_IDLE_STEPS: Final = 10
+"""Tokens in a row no nearer than chance after which a pursuit is lost: each takes true directions along."""
 
-_FINEST: Final = 1e-6
-"""Share below which nothing but rounding of float32 is left, and tokens with smaller gradients are not seen."""
+_LEFT_OVER: Final = 0.5
+"""Largest share of the rows that noise nobody declared may be. Of foreign and permuted rows of MiniLM the ten tokens by
+chance after which a pursuit ends leave 0.90 to 0.97 (seeds 431 to 433)."""
 
-_ROUNDING: Final = 1e-5
-"""Directions weaker than this share of the strongest are not told from rounding of float32 gradients."""
-
-_WHITE: Final = 1e-2
-"""Directions of the residual rows, orthonormal before tokens were taken out, that are shorter than this are spent."""
-
-_MEMBER: Final = 1e-4
-"""1 - cos^2 under which a token is taken without a contest; the float32 products are off by some 1e-6."""
-
-_IDLE: Final = 1e-6
-"""Share of the rows under which what a token explains is rounding: it was taken by mistake."""
+_LEVELS: Final = tuple(10 ** (-6.5 + 0.5 * step) for step in range(13))
+"""Levels of noise tried where none is declared, as shares of the rows' root mean square: from rounding to all of it."""
 
 _SPARE: Final = 8
 """Directions that must stay open: n of `free` random ones leave sqrt(1 - n / free) of the rows, 0.15 at 344 of 352."""
 
-_BLOCK: Final = 8192
-"""Vocabulary rows prepared at a time in float64."""
+_NAMED: Final = 32
+"""Tokens named behind those taken."""
+
+_NOTHING: Final = 1e-5
+"""Share of the rows outside of positions and shift under which it is rounding."""
 
 
 @final
@@ -52,13 +47,15 @@ class Pursued:
     """Tokens that explain the gradients together.
 
     Attributes:
-      tokens: ids in the order in which they were found.
+      tokens: ids, the strongest evidence first.
       coefficients: of each, for each row of the gradients, `(n, m)` float64: `sum B^T Delta / sigma` over occurrences.
       known: coefficients of the positions and last the shift, `(positions + 1, m)`; `(0, m)` where there are none.
       residual: share of the rows that they leave over.
-      directions: of the rows, modulo the known ones.
-      free: directions of the input that the known ones leave.
-      sure: nothing is left over, though tokens are fewer than the free directions: chance leaves much.
+      directions: of the rows above the noise, modulo the known ones.
+      explained: what is left over is no more than rounding and noise, though tokens are fewer than the free directions.
+      certain: of each token, that neither chance nor any other token in its place does as well.
+      ranking: all tokens taken, and behind them the nearest to what is left.
+      noise: standard deviation on each coordinate of the tensors under which this holds; 0: rounding alone.
     """
 
     tokens: tuple[int, ...]
@@ -66,91 +63,68 @@ class Pursued:
     known: Tensor
     residual: float
     directions: int
-    free: int
-    sure: bool
+    explained: bool
+    certain: tuple[bool, ...]
+    ranking: tuple[int, ...]
+    noise: float = 0.0
+
+    @property
+    def sure(self) -> frozenset[int]:
+        """The tokens that are certain; none where the rows are not explained."""
+        return frozenset(token for token, one in zip(self.tokens, self.certain, strict=True) if one and self.explained)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every token is certain, and nothing was lost in noise."""
+        return self.noise == 0 and bool(self.tokens) and len(self.sure) == len(self.tokens)
 
 
-@final
-@dataclass(frozen=True)
-class AdapterRows:
-    """Gradients of all A that read one block's attention input.
-
-    Attributes:
-      rows: `(m, d)` float64; each matrix divided by its norm; rounds in order, and query, key, value in each.
-      of_values: `(m,)` whether a row is of a value map's own adapter.
-    """
-
-    rows: Tensor
-    of_values: Tensor
-
-
-def adapter_rows(text: TextModel, rounds: Sequence[Observation], block: int = 0) -> AdapterRows:
-    """The rows of all rounds; matrices that were not sent, are hidden in part, or are zero are left out.
+def pursue_in_noise(dictionary: Dictionary, sent: AdapterRows, watch: Watch) -> Pursued:
+    """The pursuit under the least noise that explains the rows, where none is declared.
 
     Args:
-      text: the model of any of the rounds.
-      rounds: observed.
-      block: number of the block.
+      dictionary: of the model.
+      sent: rows of any number of rounds.
+      watch: asked before each level and each token.
+
+    Returns:
+      Nothing certain if more than half of the rows is noise: then only a declared level tells signal from it.
     """
-    query, key, value = (part.lora_a for part in text.block(block).projections)
-    rows, of_values = [torch.zeros(0, text.width, dtype=torch.float64)], [torch.zeros(0, dtype=torch.bool)]
-    for one in rounds:
-        tensors = one.gradients
-        for name in dict.fromkeys((query, key, value)):
-            if (
-                name is not None
-                and name in tensors
-                and bool(tensors[name].isfinite().all())
-                and bool(tensors[name].any())
-            ):
-                found = tensors[name].detach().cpu().double()
-                rows.append(found / found.norm())
-                of_values.append(torch.full((len(found),), name == value and name not in (query, key)))
-    return AdapterRows(torch.cat(rows), torch.cat(of_values))
+    size = float((sent.rows / sent.unit[:, None]).square().mean().sqrt())
+    least, most = 0, len(_LEVELS) - 1
+    best = pursue(dictionary, sent, watch, noise=_LEVELS[most] * size)
+    while least < most and not watch.over:
+        middle = (least + most) // 2
+        found = pursue(dictionary, sent, watch, noise=_LEVELS[middle] * size)
+        if found.explained:
+            best, most = found, middle
+        else:
+            least = middle + 1
+    return best if best.residual < _LEFT_OVER else replace(best, explained=False)
 
 
-class Dictionary:
-    """Every token's direction at the first attention, modulo the known ones: unit rows, float32.
+def pursue(
+    dictionary: Dictionary, sent: AdapterRows, watch: Watch, *, noise: float = 0.0, most: int | None = None
+) -> Pursued:
+    """Tokens one after the other, each the one nearest to what is left of the rows' space above the noise.
 
-    Args:
-      text: the model.
-      positions: that texts may reach.
-    """
-
-    def __init__(self, text: TextModel, positions: int) -> None:
-        self.text = text
-        known = known_directions(text, positions)
-        self.known = torch.zeros(0, text.width, dtype=torch.float64) if known is None else known
-        lengths = self.known.norm(dim=1)
-        _, values, rows = torch.linalg.svd(self.known[lengths > 0] / lengths[lengths > 0, None], full_matrices=False)
-        self.basis = rows[values > 1e-12]  # float64: a shift of zeros, or equal positions, add no direction
-        self.free = text.width - len(self.basis)
-        self.rows = torch.zeros(text.vocabulary, text.width)
-        for start in range(0, text.vocabulary, _BLOCK):
-            tokens = torch.arange(start, min(start + _BLOCK, text.vocabulary))
-            self.rows[tokens] = _unit(self.without_known(token_directions(text, tokens))).float()
-
-    def without_known(self, vectors: Tensor) -> Tensor:
-        """The part of vectors `(n, d)` outside of the known directions."""
-        found: Tensor = vectors - (vectors @ self.basis.T) @ self.basis
-        return found
-
-
-def pursue(dictionary: Dictionary, rows: Tensor, watch: Watch, most: int | None = None) -> Pursued:
-    """Tokens one after the other, each the one nearest to what is left of the rows' space.
+    Rows are divided by their noise (rounding, and what is declared), so that pure noise has singular values under
+    `sqrt(free) + sqrt(m)`; directions below that are no evidence, and a pursuit ends when no other is left.
 
     | rows                                | what comes back                                                         |
     |-------------------------------------|-------------------------------------------------------------------------|
     | at least as many as tokens          | all members of their span at once                                       |
-    | fewer                               | the pursuit's; `sure` when they explain every row                       |
-    | of no batch (foreign, permuted)     | not sure: no few tokens explain them                                    |
-    | more tokens than `free`             | not sure                                                                |
-    | a token with 1e-5 of the gradient   | may be lost in float32's rounding                                       |
+    | fewer                               | the pursuit's; `explained` when nothing but noise is left               |
+    | of no batch (foreign, permuted)     | not explained: no few tokens do                                         |
+    | more tokens than free directions    | not explained                                                           |
+    | noise                               | tokens above it; `certain` where no other token does as well            |
+    | more noise than `noise` says        | not explained                                                           |
 
     Args:
       dictionary: of the model.
-      rows: `(m, d)` float64, of any number of rounds.
+      sent: rows of any number of rounds.
       watch: asked before each token.
+      noise: standard deviation on each coordinate of the tensors as observed.
       most: tokens; None: until 8 free directions are left.
 
     Raises:
@@ -162,113 +136,51 @@ def pursue(dictionary: Dictionary, rows: Tensor, watch: Watch, most: int | None 
     that span would have to hold the whole of the first. For the worst coefficients only n < (free + k) / 2 is proved.
 
     Source: Davies, Eldar, "Rank awareness in joint sparse recovery", 2012 (rank-aware order-recursive matching pursuit;
-    the worst case is their and Chen and Huo's, 2006). That adapters' gradients are such a problem is ours.
+    the worst case is their and Chen and Huo's, 2006); the edge of noise: Marchenko, Pastur, 1967, as in Davidson,
+    Szarek, 2001, theorem II.13. That adapters' gradients are such a problem is ours.
     """
+    rows = sent.rows
     require(rows.dim() == 2 and rows.shape[1] == dictionary.text.width, f"rows has shape {tuple(rows.shape)}")
     require(len(rows) > 0, "no gradient of an adapter's A to pursue")
-    outside = dictionary.without_known(rows) / rows.norm()
-    _, values, space = torch.linalg.svd(outside, full_matrices=False)
-    if float(values[0]) < _ROUNDING:
+    outside = dictionary.without_known(rows)
+    if float(outside.norm()) < _NOTHING * float(rows.norm()):
         raise InvalidArgument("the gradients hold positions alone: no token's direction is in them")
-    space = space[values > _ROUNDING * values[0]]
-    limit = dictionary.free - _SPARE
-    search = _Search(dictionary, outside, space)
-    most = min(limit, most or limit)
-    while search.residual > _EXPLAINED and len(search.tokens) < most and not watch.over:
-        if not search.step():
+    search = Search(dictionary, outside / sent.deviations(noise)[:, None])
+    directions, limit = search.directions, dictionary.free - _SPARE
+    most, idle = min(limit, most or limit), 0
+    while search.directions and len(search.tokens) < most and idle < _IDLE_STEPS and not watch.over:
+        nearer = search.step(most - len(search.tokens))
+        idle = 0 if nearer else idle + 1
+    return _solved(dictionary, sent, search, noise=noise, directions=directions)
+
+
+def _solved(dictionary: Dictionary, sent: AdapterRows, search: Search, *, noise: float, directions: int) -> Pursued:
+    """Coefficients by least squares in float64, without tokens that explain no more than chance."""
+    explained = not search.directions
+    gains, others = search.evidence()
+    while explained and search.tokens and float(gains.min()) < search.chance():
+        fewer = search.without(int(gains.argmin()))
+        if fewer.directions:
             break
-    search.finish(most)
-    return _solved(dictionary, rows, search.tokens, len(space))
-
-
-class _Search:
-    """What has been taken, and what is left of rows and dictionary."""
-
-    def __init__(self, dictionary: Dictionary, rows: Tensor, space: Tensor) -> None:
-        self.dictionary, self.rows, self.space = dictionary, rows, space
-        self.tokens: list[int] = []
-        self.products = dictionary.rows @ space.float().T  # of every token with what is left of the space
-        self.outside = dictionary.rows.square().sum(1)  # what is left of every token, squared; 1, or 0 of padding
-        self.usable = self.outside > 0.5
-        self.whole = float(rows.norm())
-
-    @property
-    def residual(self) -> float:
-        """Share of the rows left over."""
-        return float(self.rows.norm()) / self.whole
-
-    def step(self) -> bool:
-        """Takes the nearest token, or all members at once; False when nothing is left to take."""
-        left, sizes, _ = torch.linalg.svd(self.space, full_matrices=False)
-        kept = sizes > _WHITE
-        if not bool(kept.any()):
-            return False
-        unit = self.products @ (left[:, kept] / sizes[kept]).float()
-        scores = unit.square().sum(1) / self.outside.clamp_min(1e-3)  # nearly inside what was taken: no evidence
-        scores[~self.usable] = -1.0
-        members = (scores > 1 - _MEMBER).nonzero()[:, 0].tolist()
-        taken = 0
-        for token in members[: int(kept.sum())] or [int(scores.argmax())]:
-            taken += self._take(token)
-        return taken > 0
-
-    def finish(self, most: int) -> None:
-        """Goes on below what counts as explained: tokens with small gradients each take most of what is left."""
-        while _FINEST < self.residual < _EXPLAINED and len(self.tokens) < most:
-            tokens, before = list(self.tokens), self.residual
-            if not self.step() or self.residual > before / 2:
-                self.tokens = tokens  # rounding is left: no token takes half of it
-                return
-
-    def _take(self, token: int) -> bool:
-        self.usable[token] = False
-        vector = self.dictionary.without_known(token_directions(self.dictionary.text, torch.tensor([token])))[0]
-        vector = vector / vector.norm()
-        for taken in (self._basis(), self._basis()):  # twice: once leaves rounding behind
-            vector = vector - (vector @ taken.T) @ taken
-        if float(vector.norm()) < 1e-6:  # float64: a duplicate of tokens taken
-            return False
-        vector = vector / vector.norm()
-        self.directions = torch.cat([self._basis(), vector[None]])
-        along = self.space @ vector
-        product = self.dictionary.rows @ vector.float()
-        self.products -= product[:, None] * along.float()
-        self.outside -= product.square()
-        self.space = self.space - along[:, None] * vector
-        self.rows = self.rows - (self.rows @ vector)[:, None] * vector
-        self.tokens.append(token)
-        return True
-
-    def _basis(self) -> Tensor:
-        found: Tensor = getattr(self, "directions", self.rows.new_zeros(0, self.rows.shape[1]))
-        return found
-
-
-def _solved(dictionary: Dictionary, rows: Tensor, tokens: list[int], directions: int) -> Pursued:
-    """Coefficients by least squares in float64; tokens that explain nothing are left out, once."""
-    kept = list(tokens)
-    for _ in range(2):
-        vectors = torch.cat([token_directions(dictionary.text, torch.tensor(kept, dtype=torch.long)), dictionary.known])
-        lengths = vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-        scaled = torch.linalg.lstsq((vectors / lengths).T, rows.T, driver="gelsd").solution
-        share = scaled[: len(kept)].norm(dim=1) / rows.norm()
-        if not kept or bool((share > _IDLE).all()):
-            break
-        kept = [token for token, one in zip(kept, share.tolist(), strict=True) if one > _IDLE]
-    residual = float((rows - scaled.T @ (vectors / lengths)).norm() / dictionary.without_known(rows).norm())
+        search = fewer
+        gains, others = search.evidence()
+    order = gains.argsort(descending=True)
+    tokens = [search.tokens[number] for number in order.tolist()]
+    certain = (gains > search.chance()) & (gains - others > search.doubt())
+    vectors = torch.cat([token_directions(dictionary.text, torch.tensor(tokens, dtype=torch.long)), dictionary.known])
+    lengths = vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    scaled = torch.linalg.lstsq((vectors / lengths).T, sent.rows.T, driver="gelsd").solution
     coefficients = scaled / lengths
+    left = sent.rows - scaled.T @ (vectors / lengths)
+    residual = float(left.norm() / dictionary.without_known(sent.rows).norm())
     return Pursued(
-        tokens=tuple(kept),
-        coefficients=coefficients[: len(kept)],
-        known=coefficients[len(kept) :],
+        tokens=tuple(tokens),
+        coefficients=coefficients[: len(tokens)],
+        known=coefficients[len(tokens) :],
         residual=residual,
         directions=directions,
-        free=dictionary.free,
-        sure=residual < _EXPLAINED and len(kept) <= dictionary.free - _SPARE,
+        explained=explained and (noise > 0 or residual < _LEFT_OVER),
+        certain=tuple(certain[order].tolist()),
+        ranking=(*tokens, *search.nearest(_NAMED)),
+        noise=noise,
     )
-
-
-def _unit(vectors: Tensor) -> Tensor:
-    """Rows of length 1; those without a direction stay zero."""
-    lengths = vectors.norm(dim=1, keepdim=True)
-    return torch.where(lengths > 1e-9, vectors / lengths.clamp_min(1e-9), torch.zeros_like(vectors))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, final
 
 import torch
 from torch import Tensor
 
-from privfm.attacks.reconstruction.text_models import TextModel
+from privfm.attacks.reconstruction.text_models import Projection, TextModel
 
 _TINY: Final = 1e-300
 """Keeps a head whose keys are all the same (a fresh model's zeros) from dividing by 0."""
@@ -50,14 +50,22 @@ class Heads:
 
 
 def own_maps(text: TextModel) -> tuple[Tensor, Tensor, Tensor]:
-    """Query weight, key weight and query bias of the first attention, float64."""
+    """Query weight, key weight and query bias of the first attention, float64, with the products of their adapters."""
     parameters = {name: parameter.detach() for name, parameter in text.model.named_parameters()}
-    query, key = (part.matrix(parameters) for part in (text.block(0).query, text.block(0).key))
+    query, key = (_whole(part, parameters) for part in (text.block(0).query, text.block(0).key))
     offset = text.block(0).query.offset(parameters)
     if query is None or key is None:
         raise LookupError("the model has no query or key weight")
-    bias = query.new_zeros(len(query)) if offset is None else offset
-    return query.cpu().double(), key.cpu().double(), bias.cpu().double()
+    return query, key, query.new_zeros(len(query)) if offset is None else offset.cpu().double()
+
+
+def _whole(part: Projection, parameters: Mapping[str, Tensor]) -> Tensor | None:
+    """What a map multiplies its input with, `(outputs, inputs)`."""
+    weight = part.matrix(parameters)
+    if weight is None or part.lora_a is None or part.lora_b is None:
+        return None if weight is None else weight.cpu().double()
+    outputs, inputs = (parameters[name].cpu().double() for name in (part.lora_b, part.lora_a))
+    return weight.cpu().double() + part.scaling * outputs @ inputs
 
 
 @final

@@ -96,7 +96,7 @@ class AttentionPursuit(ReconstructionAttack):
         gradients, noise = observation.gradients, _noise(text, observation)
         used = ("noise",) if observation.declared.noise > 0 else ()
         watch.tell("bag of words")
-        shares = token_gradients(text, gradients, noise)
+        shares = token_gradients(text, gradients, noise, watch=watch)
         if shares is None:
             facts: dict[str, float | str] = {"ended": "more tokens and positions than the width tells apart, or noise"}
             return Reconstruction(used=used, facts=facts, stopped=watch.stopped)

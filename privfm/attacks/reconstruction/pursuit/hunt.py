@@ -148,6 +148,8 @@ class Hunt:
 
     def run(self) -> None:
         """All rounds, until nothing is left to explain or the time is up."""
+        if len(self.shares.of_positions) < 2:
+            return  # noise leaves nothing but the first position, at which no text differs from another
         for number, step in enumerate(_PLAN):
             for _ in range(_REPEATS):
                 if self.done():

@@ -29,6 +29,7 @@ from privfm.attacks.reconstruction.bags import (
 )
 from privfm.attacks.reconstruction.text_models import TextModel
 from privfm.checks import InvalidArgument
+from privfm.contracts.reconstruction import Watch
 
 _LADDER: Final = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Numbers of positions tried in turn: each costs the span a direction, and a text that is longer leaves a rest."""
@@ -72,7 +73,11 @@ class TokenGradients:
 
 
 def token_gradients(
-    text: TextModel, gradients: Mapping[str, Tensor], noise: float = 0.0, tolerance: float = 1e-3
+    text: TextModel,
+    gradients: Mapping[str, Tensor],
+    noise: float = 0.0,
+    tolerance: float = 1e-3,
+    watch: Watch | None = None,
 ) -> TokenGradients | None:
     """Finds the bag with the fewest positions that explain the gradients, and solves for the shares.
 
@@ -82,6 +87,7 @@ def token_gradients(
         otherwise three unknowns an output.
       noise: standard deviation on every entry.
       tolerance: of the bag.
+      watch: ends the search for more positions.
 
     Returns:
       None where the batch holds more tokens and positions than the width can tell apart, or noise has drowned all.
@@ -92,8 +98,12 @@ def token_gradients(
     best: TokenGradients | None = None
     most = text.most_positions or _LADDER[-1]
     for positions in [count for count in _LADDER if count < most] + [min(most, _LADDER[-1])]:
+        if watch is not None and watch.over:
+            break
         bag = bag_of_span(text, basis, positions, min(max(tolerance, 2 * turned), _WIDEST))
-        if bag.free == 0 or len(bag.tokens) < 2 or len(bag.tokens) + positions >= text.width:
+        if bag.free == 0 or len(bag.tokens) + positions >= text.width:
+            break  # more positions leave less open
+        if len(bag.tokens) < 2:
             continue
         found = solved(text, gradients, bag, positions)
         if best is not None and found.unexplained > _BETTER * best.unexplained:

@@ -155,13 +155,14 @@ def _states(model: nn.Module, tokens: Tensor, layers: Sequence[str]) -> dict[str
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            given[name] = inputs[0].detach()
+            given[name] = inputs[0].detach().cpu()
 
         return hook
 
     hooks = [parts[name].register_forward_pre_hook(keep(name)) for name in layers]
     try:
         with torch.no_grad(), asleep(model):
+            tokens = tokens.to(next(model.parameters()).device)
             model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
     finally:
         for hook in hooks:

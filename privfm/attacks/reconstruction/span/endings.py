@@ -127,7 +127,7 @@ def next_token_endings(
     mixed = torch.zeros(text.vocabulary, dtype=torch.bool)
     if tied:
         mixed[torch.tensor(sorted({node[-1] for node in nodes}))] = True
-    head = gradients[name][: text.vocabulary]
+    head = gradients[name][: text.vocabulary].cpu()
     read = targets_by_state(head, tree.states, tree.said, mixed)
     if float(read.weights.max()) <= 0:
         raise InvalidArgument("no prefix found has a weight in the head's gradient")
@@ -145,7 +145,7 @@ def next_token_endings(
         ends, rounds = _tied_endings(text, head, tree, ends, missing)
         facts["tied last tokens"], facts["tied rounds"] = float(sum(missing.values()) / scale), float(rounds)
     texts = sorted((((*node, token), weight) for (node, token), weight in ends.items()), key=lambda one: -one[1])
-    counted, error = _copies(text, name, gradients[name], texts)
+    counted, error = _copies(text, name, gradients[name].cpu(), texts)
     if hidden:  # texts are missing by right: how much the others explain is no measure of them
         return Endings(counted, {**facts, "texts whose last token is hidden": hidden}, None)
     return Endings(counted, facts, error)
@@ -222,12 +222,13 @@ def head_inputs(text: TextModel, texts: Sequence[Prefix]) -> tuple[Tensor, Tenso
     head: Any = text.model.get_output_embeddings()  # type: ignore[operator]
     tokens, mask = padded(texts)
     seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    hook = head.register_forward_pre_hook(lambda _, given: seen.append(given[0].cpu()))
     logits = []
     try:
         with torch.no_grad(), asleep(text.model):
             for part, seen_part in zip(torch.split(tokens, _BATCH), torch.split(mask, _BATCH), strict=True):
-                logits.append(text.model(input_ids=part, attention_mask=seen_part).logits)
+                output = text.model(input_ids=part.to(text.device), attention_mask=seen_part.to(text.device))
+                logits.append(output.logits.cpu())
     finally:
         hook.remove()
     return torch.cat(seen), torch.cat(logits)
@@ -304,7 +305,8 @@ def weighted_gradient(
     """The gradient of `sum weight * next-token loss` over whole texts, of the parameters of these names."""
     texts = [(*node, token) for node, token in ends]
     tokens, mask = padded(texts)
-    factors = torch.tensor(list(ends.values()))
+    tokens, mask = tokens.to(text.device), mask.to(text.device)
+    factors = torch.tensor(list(ends.values()), device=text.device)
     parameters = dict(text.model.named_parameters())
     wanted = [parameters[name] for name in names]
     total = [torch.zeros_like(parameter) for parameter in wanted]
@@ -323,7 +325,7 @@ def weighted_gradient(
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-    return dict(zip(names, total, strict=True))
+    return {name: one.cpu() for name, one in zip(names, total, strict=True)}
 
 
 def _copies(

@@ -114,7 +114,7 @@ def seen_rows(parts: Sequence[Projection], gradients: Mapping[str, Tensor]) -> l
     """
     matrices = [part.matrix(gradients) for part in parts]
     rows = [matrix[~matrix.isnan().any(1)].double() for matrix in matrices if matrix is not None]
-    return [part for part in rows if float(part.norm()) > 0]
+    return [part.cpu() for part in rows if float(part.norm()) > 0]
 
 
 def rounding(weights: list[Tensor], steps: int, learning_rate: float) -> float:

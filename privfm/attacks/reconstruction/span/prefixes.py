@@ -119,7 +119,9 @@ class Found:
 def candidate_tokens(search: Search, span: LayerSpan) -> Found:
     """Tokens whose input to block 0 lies in its span, nearest first, for each position until one has none.
 
-    One list alone where block 0 is given the same at any position (rotary embeddings).
+    One list alone where block 0 is given the same at any position (rotary embeddings). None at all where more tokens
+    than directions lie in the span: a norm without a shift puts all inputs on one hyperplane, and a batch that fills it
+    leaves a span that is sharp and holds every token.
 
     Cost: one table of the vocabulary and a product with the span a position.
 
@@ -134,6 +136,9 @@ def candidate_tokens(search: Search, span: LayerSpan) -> Found:
         taken = span.taken(away, blur, search.token_tolerance, controls=away)
         found.note(0, away, taken)
         if not bool(taken.any()):
+            break
+        if int(taken.sum()) > span.rank:  # so many tokens are no witnesses: the span holds whatever there is
+            found.candidates.clear()
             break
         tokens = taken.nonzero()[:, 0]
         tokens = tokens[away[tokens].argsort(stable=True)]
@@ -266,15 +271,15 @@ def extension_inputs(text: TextModel, number: int, prefixes: Tensor, tokens: Ten
     try:
         with torch.no_grad(), asleep(text.root):
             text.root(
-                input_ids=rows,
-                attention_mask=mask[None, None].expand(count, 1, -1, -1),
-                position_ids=places.expand(count, -1),
+                input_ids=rows.to(text.device),
+                attention_mask=mask[None, None].expand(count, 1, -1, -1).to(text.device),
+                position_ids=places.expand(count, -1).to(text.device),
             )
     except _Reached:
         pass
     finally:
         hook.remove()
-    return seen[0][:, length:]
+    return seen[0][:, length:].cpu()
 
 
 def one_by_one(text: TextModel, number: int, prefixes: Tensor, tokens: Tensor) -> Tensor:
