@@ -288,7 +288,7 @@ def bench_of(part: Part, adapter: Adapter, seed: int, fast: bool, images: Path |
     """Model and data ready for training; the last one is kept."""
     scene = scene_of(part, fast, images)
     built = scene.source(adapter).build(scene.table.label_names, Seeds(seed).generator("initialisation"))
-    return Workbench(built, scene.task, scene.table)
+    return Workbench(built, scene.task, scene.table, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 @lru_cache(maxsize=2)
