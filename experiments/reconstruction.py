@@ -218,7 +218,7 @@ class Run:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scene:
     """A task with its model, and the attacks that are run on it.
 
@@ -270,11 +270,10 @@ def text_scene(fast: bool) -> Scene:
     )
 
 
-def image_scene(fast: bool, images: Path | None) -> Scene:
+def image_scene(fast: bool, images: Path | None, iterations: int) -> Scene:
     """Digits of scikit-learn, or of a file."""
     table = Digits().load() if images is None else ImageArrays(str(images), "x_train", "y_train").load()
     size = int(table.inputs.shape[-1]) if isinstance(table.inputs, Tensor) else 8
-    iterations = 20 if fast else 1200
     runs = (Run("Inverting Gradients", InvertingGradients(iterations=iterations), ("shape", "examples"), most=8),)
     usable = torch.arange(min(len(table.labels), 2000))
     return Scene(
@@ -284,17 +283,10 @@ def image_scene(fast: bool, images: Path | None) -> Scene:
 
 
 @lru_cache(maxsize=1)
-def bench_of(part: Part, adapter: Adapter, seed: int, fast: bool, images: Path | None) -> Workbench:
+def bench_of(scene: Scene, adapter: Adapter, seed: int) -> Workbench:
     """Model and data ready for training; the last one is kept."""
-    scene = scene_of(part, fast, images)
     built = scene.source(adapter).build(scene.table.label_names, Seeds(seed).generator("initialisation"))
     return Workbench(built, scene.task, scene.table, "cuda" if torch.cuda.is_available() else "cpu")
-
-
-@lru_cache(maxsize=2)
-def scene_of(part: Part, fast: bool, images: Path | None) -> Scene:
-    """The part's scene."""
-    return text_scene(fast) if part == "texts" else image_scene(fast, images)
 
 
 def training_of(bench: Workbench, defence: Defence) -> LocalTraining:
@@ -528,6 +520,7 @@ def main(
     seconds: float = 60.0,
     rounds: int = 10,
     image_rounds: int = 100,
+    iterations: int = 1200,
     images: Path | None = None,
     out: Path = Path("runs/reconstruction"),
     fast: bool = False,
@@ -541,12 +534,14 @@ def main(
       seconds: for each attack.
       rounds: of texts, after which accuracy is measured; 0: it is not.
       image_rounds: the same of images.
+      iterations: of the image attack.
       images: an .npz file with `x_train` and `y_train` in the place of scikit-learn's digits.
       out: folder.
       fast: a small version that shows that everything runs; its numbers mean little.
     """
     if fast:
         batches, seeds, rounds, image_rounds, seconds = (1, 2), (0,), min(rounds, 1), min(image_rounds, 2), 10.0
+        iterations = 20
     at_least("rounds", rounds, 0)
     at_least("image_rounds", image_rounds, 0)
     non_negative("seconds", seconds)
@@ -556,25 +551,26 @@ def main(
     costs: dict[Part, dict[str, float]] = {}
     exhibits: list[Exhibit] = []
     for one in parts:
-        scene = scene_of(one, fast, images)
+        scene = text_scene(fast) if one == "texts" else image_scene(fast, images, iterations)
         costs[one] = {}
         for defence in scene.defences:
             for seed in seeds:
-                bench = bench_of(one, defence.adapter, seed, fast, images)
+                bench = bench_of(scene, defence.adapter, seed)
                 for batch in batches:
                     for cell, shown in attacked(scene, bench, defence, batch, seed=seed, seconds=seconds):
                         cells.append(cell)
                         exhibits += [shown] if shown is not None and is_shown(cell, seeds, batches) else []
             until = rounds if one == "texts" else image_rounds
             if until and defence.utility:
-                bench = bench_of(one, defence.adapter, seeds[0], fast, images)
+                bench = bench_of(scene, defence.adapter, seeds[0])
                 costs[one][defence.title] = accuracy(scene, bench, defence, until, seeds[0])
             console.print(f"{one}: {defence.title}", highlight=False)
     tables = [table for one in parts for table in table_of(one, cells, costs[one], batches)]
     write(out, cells, costs, tables)
     conditions = {
         "Command": f"python -m experiments.reconstruction --part {part} --batches {list(batches)} "
-        f"--seeds {list(seeds)} --seconds {seconds:g} --rounds {rounds} --image_rounds {image_rounds}",
+        f"--seeds {list(seeds)} --seconds {seconds:g} --rounds {rounds} --image_rounds {image_rounds} "
+        f"--iterations {iterations}",
         "Date": datetime.now(UTC).date().isoformat(),
         "Accuracy": f"after {rounds} rounds (images: {image_rounds}) of four clients with up to 32 examples each",
         "Packages": ", ".join(f"{name} {version}" for name, version in describe_environment()["versions"].items()),

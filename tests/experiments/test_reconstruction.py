@@ -16,9 +16,9 @@ from experiments.reconstruction import (
     cohort_rows,
     federation_of,
     image_defences,
+    image_scene,
     main,
     observed,
-    scene_of,
     text_defences,
 )
 from privfm.checks import InvalidArgument
@@ -50,8 +50,8 @@ def test_it_runs_and_shows_the_recovered_beside_the_original(tmp_path: Path) -> 
 
 
 def test_an_encrypted_layer_is_not_seen_and_a_sum_is_of_all() -> None:
-    scene = scene_of("images", True, None)
-    bench = bench_of("images", WholeModel(), 0, True, None)
+    scene = image_scene(True, None, 20)
+    bench = bench_of(scene, WholeModel(), 0)
     masked = next(one for one in image_defences() if one.masked)
     rows = cohort_rows(scene, masked, 2, 0)
     seen, truth = observed(bench, federation_of(bench, masked, rows, 0), masked)
@@ -77,8 +77,8 @@ def test_bad_options_are_refused_before_work(tmp_path: Path) -> None:
 
 
 def test_the_attack_runs_on_what_the_first_client_sent() -> None:
-    scene = scene_of("images", True, None)
-    bench = bench_of("images", WholeModel(), 0, True, None)
+    scene = image_scene(True, None, 20)
+    bench = bench_of(scene, WholeModel(), 0)
     ((cell, shown),) = attacked(scene, bench, image_defences()[0], 1, seed=0, seconds=20.0)
     assert cell.clients == 1
     assert cell.used == ("examples",) or "examples" in cell.used
