@@ -488,10 +488,11 @@ def _cell(part: Part, attack: str, cells: Sequence[Cell]) -> str:
         return f"{mean('psnr'):.1f} dB ({mean('psnr', chance=True):.1f})"
     if attack.startswith("bag of words"):
         return f"{100 * mean('token_recall'):.0f} % of tokens, {100 * mean('token_precision'):.0f} % right"
-    wrong = mean("false")
+    wrong, cut = mean("false"), any(cell.stopped for cell in ran)
     return (
         f"{100 * mean('exact'):.1f} %, R-1 {100 * mean('rouge_1'):.0f} ({100 * mean('rouge_1', chance=True):.0f})"
         + (f", {wrong:.1f} false" if wrong else "")
+        + (", stopped" if cut else "")
     )
 
 
@@ -504,7 +505,8 @@ def _notes(part: Part) -> tuple[str, ...]:
         )
     return (
         "Sentences recovered exactly, ROUGE-1 on tokens over pairs matched one to one (in brackets: as many foreign "
-        "sentences), and predictions that are nobody's sentence. A secure sum's batch is that of all its clients.",
+        "sentences), and predictions that are nobody's sentence. A secure sum's batch is that of all its clients. "
+        "Stopped: by the time limit, before it was done.",
         accuracy_note,
     )
 
@@ -589,7 +591,8 @@ def is_shown(cell: Cell, seeds: Sequence[int], batches: Sequence[int]) -> bool:
 def answer(table: ReportTable) -> str:
     """The first line of a table in words: what is read where nothing is done."""
     row = table.rows[0].cells
-    shown = [f"{column.title.lower()}: {cell}" for column, cell in zip(table.columns[1:-2], row[1:-2], strict=True)]
+    cells = zip(table.columns[1:-2], row[1:-2], strict=True)
+    shown = [f"{column.title.lower()}: {cell}" for column, cell in cells if cell]
     return f"Without a defence, {'; '.join(shown)}."
 
 
