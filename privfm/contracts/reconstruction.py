@@ -27,6 +27,7 @@ class LocalSteps:
         number of its own, and no change is one.
       batch_size: examples of a step; None: all of the client's.
       momentum: share of the last step's direction that is added to the next gradient.
+      subtracted: what is sent is a difference of weights, in which their rounding is; False: the steps themselves.
     """
 
     learning_rate: float
@@ -34,6 +35,7 @@ class LocalSteps:
     optimizer: Literal["sgd", "adam"] = "sgd"
     batch_size: int | None = None
     momentum: float = 0.0
+    subtracted: bool = True
 
     def __post_init__(self) -> None:
         positive("learning_rate", self.learning_rate)

@@ -50,6 +50,7 @@ class GradientPruning(Transform):
     sparsification), after Lin et al., "Deep gradient compression", 2018, which prunes layer by layer; without its
     momentum correction and accumulation.
 
+    >>> import torch
     >>> row = torch.tensor([[3.0, -0.1, 0.2, -4.0]])
     >>> GradientPruning(0.5).encode(row, {}, [])[0].rows.tolist()
     [[3.0, 0.0, 0.0, -4.0]]

@@ -73,7 +73,7 @@ class OneStep(LocalTraining):
         return module
 
     def local_steps(self, examples: int) -> LocalSteps:
-        return LocalSteps(self.learning_rate, 1, "sgd", self.batch_size)
+        return LocalSteps(self.learning_rate, 1, "sgd", self.batch_size, subtracted=False)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from privfm.attacks.reconstruction.pursuit import AttentionPursuit
 from privfm.checks import InvalidArgument
 from privfm.contracts import Declared, LocalSteps, Observation, Reconstruction
+from privfm.learning import SGD, OneStep
 from privfm.learning.models import MeanPooledClassifier
 
 Texts = list[tuple[int, ...]]
@@ -276,3 +277,18 @@ def test_under_any_declared_noise_it_ends_and_says_nothing_false(
     noised = {name: one + scale * torch.randn(one.shape, generator=generator) for name, one in gradients.items()}
     found = AttentionPursuit()(Observation(model, noised, declared=Declared(noise=scale)), seconds=20)
     assert set(found.texts) <= set(texts)
+
+
+def test_a_step_that_was_sent_itself_has_no_rounding_of_weights_in_it(sent: Callable[..., dict[str, Tensor]]) -> None:
+    """Weights a thousand times larger: their rounding would drown the gradient, had it been a difference of them."""
+    model = encoder()
+    with torch.no_grad():
+        for part in ("query", "key", "value"):
+            getattr(model.bert.encoder.layer[0].attention.self, part).weight.mul_(1e3)  # type: ignore[union-attr]
+    step = {name: -1e-4 * one for name, one in sent(model, TEXTS, LABELS).items()}
+    itself = AttentionPursuit()(Observation(model, step, LocalSteps(1e-4, subtracted=False)))
+    difference = AttentionPursuit()(Observation(model, step, LocalSteps(1e-4)))
+    assert len(itself.tokens) > len(difference.tokens)
+    assert set(itself.texts) <= set(TEXTS) and set(difference.texts) <= set(TEXTS)
+    assert OneStep(0.1).local_steps(8).subtracted is False
+    assert SGD(0.1).local_steps(8).subtracted is True

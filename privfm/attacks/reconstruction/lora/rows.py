@@ -66,7 +66,7 @@ def adapter_rows(text: TextModel, rounds: Sequence[Observation], block: int = 0)
 def _of_round(projections: tuple[Projection, Projection, Projection], one: Observation) -> list[AdapterRows]:
     query, key, value = (part.lora_a for part in projections)
     tensors, found = one.gradients, []
-    factor = 1.0 if one.change is None else 1.0 / (one.change.learning_rate * one.change.steps)
+    factor = 1.0 if one.change is None else 1.0 / (one.change.learning_rate * one.change.weight)
     for name in dict.fromkeys((query, key, value)):
         if name is None or name not in tensors:
             continue
@@ -76,7 +76,7 @@ def _of_round(projections: tuple[Projection, Projection, Projection], one: Obser
         size, lengths = float(gradient.norm()), gradient.norm(dim=1)
         epsilon = max(torch.finfo(tensors[name].dtype).eps, _FINEST)
         rounding = _ROUNDING * epsilon * lengths.clamp_min(_SMALL * float(lengths.mean()))
-        if one.change is not None:  # a difference of parameters is rounded as they are
+        if one.change is not None and one.change.subtracted:  # a difference of parameters is rounded as they are
             stored = one.model.get_parameter(name).detach().cpu().double()
             rounding = (rounding.square() + (_ROUNDING * epsilon * factor * stored.norm(dim=1)).square()).sqrt()
         found.append(

@@ -212,6 +212,6 @@ def _noise(text: TextModel, observation: Observation) -> float:
     parameters = {name: parameter.detach() for name, parameter in text.model.named_parameters()}
     sizes = [matrix for part in text.block(0).projections if (matrix := part.matrix(parameters)) is not None]
     size = float(torch.stack([matrix.double().square().mean() for matrix in sizes]).mean().sqrt())
-    rounding = torch.finfo(sizes[0].dtype).eps * size / 12**0.5
+    rounding = torch.finfo(sizes[0].dtype).eps * size / 12**0.5 if change.subtracted else 0.0
     found: float = (noise**2 + rounding**2) ** 0.5 / (change.learning_rate * change.weight)
     return found

@@ -183,8 +183,9 @@ class SpanSearch(ReconstructionAttack):
             return None
         if change is None:
             return layer_span(rows, self.reserve, observation.declared.noise)
-        weights = dict(text.model.named_parameters())
-        rounded = rounding([weights[part.weight].detach() for part in parts], change.steps, change.learning_rate)
+        weights, rounded = dict(text.model.named_parameters()), 0.0
+        if change.subtracted:
+            rounded = rounding([weights[part.weight].detach() for part in parts], change.steps, change.learning_rate)
         noise = math.hypot(observation.declared.noise / (change.learning_rate * change.weight), rounded)
         return layer_span(rows, self.reserve, noise, _DRIFT if change.steps > 1 else 0.0)
 
