@@ -15,11 +15,6 @@ distances are computed again in float64.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import resource
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -177,40 +172,12 @@ def memory(case: Case, peers: list[Peer]) -> Iterator[dict[str, Any]]:
 
 def extra_bytes(case: Case, call: Call) -> tuple[int | None, str]:
     """Bytes beyond the rows at the worst moment of one call in a forked child, or why there is no number."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _measure(case, call, writer)
-    os.close(writer)
-    with os.fdopen(reader) as pipe:
-        answer = pipe.read()
-    _, status = os.waitpid(child, 0)
-    if not answer:
-        return None, f"took over {DEADLINE} s" if os.WTERMSIG(status) == signal.SIGALRM else f"killed by {status}"
-    value, reason = json.loads(answer)
-    return value, reason
 
-
-def _measure(case: Case, call: Call, writer: int) -> None:
-    """In the child: never returns."""
-    signal.alarm(DEADLINE)
-    resource.setrlimit(resource.RLIMIT_AS, (CEILING, CEILING))
-    os.dup2(2, 1)  # nothing but JSON goes to standard output
-    torch.set_num_threads(1)
-    try:
+    def make() -> Callable[[], Any]:
         rows = case.make()
-        before = _peak()
-        call(rows, case.f)
-        answer: tuple[int | None, str] = (max(_peak() - before, 1), "")
-    except BaseException as error:
-        answer = (None, f"{type(error).__name__}: {str(error)[:160]}")
-    os.write(writer, json.dumps(answer).encode())
-    os._exit(0)
+        return lambda: call(rows, case.f)
 
-
-def _peak() -> int:
-    kilobytes = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes
+    return timing.memory(make, DEADLINE, CEILING)
 
 
 def record(  # noqa: PLR0917 (the columns, in their order)

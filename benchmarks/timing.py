@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -61,7 +63,7 @@ def interleaved(
     return spent
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """What an error was, on one short line."""
     return f"{type(error).__name__}: {first_line(error)[:160]}"
 
@@ -118,37 +120,51 @@ def growth(make: Callable[[], Callable[[], Any]]) -> tuple[int | None, str]:
     Measured in a forked child with one thread. Call it before anything runs on several threads: a child has none of
     those its parent had.
     """
+
+    def called_twice() -> None:
+        call = make()
+        call()
+        call()
+
+    return memory(lambda: called_twice, DEADLINE)
+
+
+def memory(make: Callable[[], Callable[[], Any]], deadline: int, ceiling: int | None = None) -> tuple[int | None, str]:
+    """Bytes a forked child with one thread grew by at the worst moment of one call, or why there is no number.
+
+    Args:
+      make: makes the call, in the child; what that takes is not counted.
+      deadline: seconds after which the child is stopped.
+      ceiling: bytes of address space the child may take.
+    """
     if not Path("/proc/self/clear_refs").exists():
         return None, "needs Linux: the highest memory of a process is set back through /proc"
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        _measure(make, writer)
+        _measure(make, writer, deadline, ceiling)
     os.close(writer)
     with os.fdopen(reader) as pipe:
         answer = pipe.read()
     _, status = os.waitpid(child, 0)
     if not answer:
-        return None, f"took over {DEADLINE} s" if os.WTERMSIG(status) == signal.SIGALRM else f"killed by {status}"
+        return None, f"took over {deadline} s" if os.WTERMSIG(status) == signal.SIGALRM else f"killed by {status}"
     value, why = json.loads(answer)
     return value, why
 
 
-def _measure(make: Callable[[], Callable[[], Any]], writer: int) -> None:
+def _measure(make: Callable[[], Callable[[], Any]], writer: int, deadline: int, ceiling: int | None) -> None:
     """In the child: never returns."""
-    signal.alarm(DEADLINE)
+    gc.freeze()  # what the parent left is not collected here: it would make room that hides growth
+    signal.alarm(deadline)
+    if ceiling is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (ceiling, ceiling))
     os.dup2(2, 1)  # nothing but JSON goes to standard output
     torch.set_num_threads(1)
     try:
-        _, found = grown(_called_twice, make)
+        _, found = grown(make())
         answer: tuple[int | None, str] = (None if found is None else max(found, 1024), "")
-    except Exception as error:
+    except BaseException as error:
         answer = (None, reason(error))
     os.write(writer, json.dumps(answer).encode())
     os._exit(0)
-
-
-def _called_twice(make: Callable[[], Callable[[], Any]]) -> None:
-    call = make()
-    call()
-    call()

@@ -82,7 +82,7 @@ def nearest_if_any(name: str, options: Iterable[str]) -> str:
     return hint if hint.endswith("?") else ""
 
 
-def first_line(reason: Exception) -> str:
+def first_line(reason: BaseException) -> str:
     """What somebody else's error says, in one line."""
     return str(reason).strip().partition("\n")[0]
 
