@@ -17,7 +17,7 @@ from torch import Generator
 
 Purpose = Literal[
     "split", "partition", "initialisation", "malicious", "cohort", "dropout", "data order", "attack",
-    "attack schedule", "steps", "codecs", "root", "adapters", "noise", "own noise", "evaluation",
+    "attack schedule", "steps", "codecs", "root", "adapters", "noise", "own noise", "evaluation", "canaries", "shadows",
 ]  # fmt: skip
 
 

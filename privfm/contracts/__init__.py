@@ -12,6 +12,7 @@ from privfm.contracts.attacks import (
     TargetedAttack,
     UpdateAttack,
 )
+from privfm.contracts.audit import Canaries, CanaryScene
 from privfm.contracts.channels import (
     KEY_HOLDER,
     SERVER,
@@ -47,6 +48,7 @@ from privfm.contracts.learning import (
     Task,
     Trained,
 )
+from privfm.contracts.membership import MembershipAttack, Scored, Signals
 from privfm.contracts.privacy import Clipping, GradientPrivacy, Spans
 from privfm.contracts.reconstruction import (
     Declared,
@@ -68,6 +70,8 @@ __all__ = [
     "Attack",
     "AttackSchedule",
     "BuiltModel",
+    "Canaries",
+    "CanaryScene",
     "Cast",
     "Channel",
     "Clients",
@@ -92,6 +96,7 @@ __all__ = [
     "LocalTraining",
     "MaliciousAttack",
     "MatrixView",
+    "MembershipAttack",
     "Memory",
     "Metric",
     "ModelSource",
@@ -109,10 +114,12 @@ __all__ = [
     "SERVER",
     "SPLITS",
     "Sampling",
+    "Scored",
     "Sealer",
     "ServerAttack",
-    "ServerScene",
     "ServerOptimizer",
+    "ServerScene",
+    "Signals",
     "Spans",
     "Split",
     "State",
