@@ -62,7 +62,7 @@ class Canaries(ABC):
         """
 
     def rows(self, places: Sequence[int], d: int) -> Tensor:
-        """What canaries send when they are in, `(k, d + columns)`: before the clip, in units of it, and at least 1 long.
+        """What canaries send when they are in, `(k, d + columns)`, unclipped, in units of the clip, at least 1 long.
 
         Args:
           places: of the canaries, 0 to `count` - 1.
