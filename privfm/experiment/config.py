@@ -25,6 +25,7 @@ from privfm.contracts import (
     Transform,
 )
 from privfm.defenses.privacy import DPPlan
+from privfm.federation.canaries import Audit
 from privfm.federation.spaces import ProductGeometry
 from privfm.learning.splits import SplitShares
 
@@ -60,6 +61,7 @@ class RunConfig:
         their plain update.
       server_attack: a curious server.
       dropout_rate: share of a cohort that is lost at some stage, simulated.
+      audit: canaries among the clients, by which epsilon is measured from below; left out: it is only claimed.
       splits: shares of the data by purpose.
       evaluate_every: rounds between evaluations on the validation split.
       checkpoint_every: rounds between checkpoints; an interrupted run plays those since the last one again.
@@ -95,6 +97,7 @@ class RunConfig:
     attackers_take_steps: bool = True
     server_attack: ServerAttack | None = None
     dropout_rate: float = 0.0
+    audit: Audit | None = None
     splits: SplitShares = SplitShares()
     evaluate_every: int = 1
     checkpoint_every: int = 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, final
@@ -18,6 +18,7 @@ from torch import Tensor
 from privfm.attacks.reconstruction.curious_server import special_tokens
 from privfm.checks import require
 from privfm.contracts import (
+    CanaryScene,
     DataSource,
     LocalTraining,
     Metric,
@@ -133,10 +134,14 @@ def prepare(config: RunConfig, seed: int, folder: Path | None = None) -> Federat
         arm = replace(arm, attack=arm.attack.fitted(public))
     if arm.server_attack is not None:
         arm = replace(arm, server_attack=arm.server_attack.fitted(_scene(bench, clients, config.training)))
+    seeds = Seeds(seed)
+    if arm.audit is not None:
+        scene = _canary_scene(bench, learner, dealt)
+        arm = replace(arm, audit=arm.audit.fitted(scene, seeds))
     own = dealt.splits["server"]
     root = bench.everything.take(own) if len(own) else None
     engine = Local(config.clients_per_batch, config.encryption_processes)
-    return Federation(arm, learner, clients, Seeds(seed), engine, config.strict, root)
+    return Federation(arm, learner, clients, seeds, engine, config.strict, root)
 
 
 def _scene(bench: Workbench, clients: Population, training: LocalTraining) -> ServerScene:
@@ -144,6 +149,13 @@ def _scene(bench: Workbench, clients: Population, training: LocalTraining) -> Se
     return ServerScene(
         bench.load, bench.layout, training.local_steps, clients.examples, special_tokens(bench.everything)
     )
+
+
+def _canary_scene(bench: Workbench, learner: ModelLearner, dealt: Dealt) -> CanaryScene:
+    """What canaries are made from."""
+    holdout = bench.everything.take(dealt.splits["holdout"])
+    gradients = partial(learner.gradients, learner.initial())
+    return CanaryScene(learner.d, dealt.table.label_names, bench.built.tokenize, holdout, gradients)
 
 
 def recorded(spec: ArmSpec, seed: int) -> dict[str, Any]:

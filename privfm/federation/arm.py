@@ -31,6 +31,7 @@ from privfm.defenses.mean import Mean
 from privfm.defenses.privacy import DPPlan
 from privfm.defenses.privacy.releases import QuantileRelease
 from privfm.defenses.transforms import Chain
+from privfm.federation.canaries import Audit
 from privfm.federation.optimizers import Average
 from privfm.federation.population import Cyclic, FixedShare, Poisson
 from privfm.federation.spaces import FlatSpace, ProductGeometry, ProductSpace, Space
@@ -60,6 +61,7 @@ class Arm:
         A in odd ones; whatever belongs to no adapter is trained in all.
       server_attack: a curious server.
       dropout_rate: share of a cohort that is lost at some stage, simulated.
+      audit: canaries among the clients, and what is claimed of the run.
     """
 
     cohort: Sampling | None = None
@@ -77,11 +79,17 @@ class Arm:
     alternate: bool = False
     server_attack: ServerAttack | None = None
     dropout_rate: float = 0.0
+    audit: Audit | None = None
 
     def __post_init__(self) -> None:
         one_of("weighting", self.weighting, ("equal", "examples"))
         fraction("dropout_rate", self.dropout_rate, zero=True, one=False)
         require(self.cohort is not None or self.plan is not None, "cohort=None: expected Poisson, FixedSize or a plan")
+
+    @property
+    def ghosts(self) -> int:
+        """Columns of every row that belong to canaries, after the model's."""
+        return 0 if self.audit is None else self.audit.canaries.columns
 
     @property
     def sampling(self) -> Sampling:
@@ -181,6 +189,8 @@ class Arm:
         """
         if self.plan is None or not self.plan.noises_the_sum:
             return Delegated(self.rule) if self.channel.decides else self.rule
+        if active is not None:
+            active = torch.cat([active, active.new_ones(d - len(active))])  # canaries' columns are always noised
         bound = self.plan.max_grad_norm
         opened = self.channel.reveals is Reveals.EACH or self.plan.place != "central"
         return self.plan.release(bound if opened else self.codecs.norm_bound(bound, d), population, active)

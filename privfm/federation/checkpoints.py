@@ -37,6 +37,7 @@ def save(state: RunState, folder: Path) -> RunState:
     tensors |= {f"rule/{name}": value for name, value in state.rule.items()}
     tensors |= {f"attack/{name}": value for name, value in state.attack.items()}
     tensors |= {f"joined/{name}": value for name, value in state.joined.items()}
+    tensors |= {f"audit/{name}": value for name, value in state.audit.items()}
     tensors |= {f"optimizer/{name}": value for name, value in state.optimizer.items()}
     path = folder / f"state-{state.round:06d}.safetensors"
     part = path.with_suffix(".part")
@@ -74,7 +75,7 @@ def load(folder: Path) -> RunState | None:
     for name, digest in index["sha256"].items():
         if not (folder / name).is_file() or file_digest(folder / name) != digest:
             raise BrokenCheckpoint(f"{folder / name} is missing, cut off or changed; delete {folder} to start anew")
-    parts: dict[str, State] = {"rule": {}, "optimizer": {}, "attack": {}, "joined": {}}
+    parts: dict[str, State] = {"rule": {}, "optimizer": {}, "attack": {}, "joined": {}, "audit": {}}
     tensors = load_file(folder / index["state"])
     for name, value in tensors.items():
         part, _, key = name.partition("/")
@@ -91,6 +92,7 @@ def load(folder: Path) -> RunState | None:
         states,
         parts["attack"],
         parts["joined"],
+        parts["audit"],
         index["skipped"],
     )
 

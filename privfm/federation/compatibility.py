@@ -11,7 +11,7 @@ from privfm.contracts import ROOT, Channel, Reveals, Rule
 from privfm.defenses.channels import Selective
 from privfm.defenses.mean import Mean
 from privfm.defenses.privacy import DPPlan
-from privfm.defenses.privacy.clipping import AdaptiveQuantile
+from privfm.defenses.privacy.clipping import AdaptiveQuantile, Flat
 from privfm.defenses.privacy.integer_noise import IntegerNoise
 from privfm.defenses.transforms import FixedPoint
 from privfm.federation.arm import Arm
@@ -60,6 +60,7 @@ def problems(  # noqa: PLR0917  # all of them are facts of a run, and named wher
         _plan(arm, d, population, population if examples is None else examples, private_gradients),
         _alternation(arm),
         _attack(arm),
+        _audit(arm),
     )
     return [Problem(what, instead) for judge in judges for wrong, what, instead in judge if wrong]
 
@@ -406,6 +407,41 @@ def _attack(arm: Arm) -> Iterator[Finding]:
         arm.attack is None and bool(arm.malicious),
         f"{len(arm.malicious)} malicious clients have no attack",
         "name an attack, or leave the malicious clients out",
+    )
+
+
+def _audit(arm: Arm) -> Iterator[Finding]:
+    """What canaries need that send rows of their own; those that train on examples are clients like others."""
+    if arm.audit is None or arm.audit.canaries.trained:
+        return
+    plan, name = arm.plan, type(arm.audit.canaries).__name__
+    if plan is None or not plan.noises_the_sum or plan.place == "distributed":
+        place = "no plan" if plan is None else f"place={plan.place!r}, unit={plan.unit!r}"
+        yield (
+            True,
+            f"{name} are read off a sum to which noise is added for whole clients, and there is {place}",
+            "a central plan for clients, or canaries that train on examples (MislabelledCanaries)",
+        )
+        return
+    yield (
+        plan.clipping is not None and not isinstance(plan.clipping, Flat),
+        f"{name} are sized for one clip of the whole row, and {plan.clipping} has others",
+        "Flat clipping",
+    )
+    yield (
+        plan.bands > 1,
+        f"{name} are read off each round by itself, and bands={plan.bands} correlates their noise",
+        "bands=1, or canaries that train on examples",
+    )
+    yield (
+        plan.simulated_population is not None,
+        "simulated_population gives the run less noise than its epsilon is claimed for, and the audit would say so",
+        "leave one of them out",
+    )
+    yield (
+        arm.ghosts > 0 and (arm.server_attack is not None or arm.adapters is not None),
+        f"{name} add columns to every row, which a server attack or a geometry of products would read as the model's",
+        "leave one of them out",
     )
 
 

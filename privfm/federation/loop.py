@@ -9,6 +9,7 @@ from typing import final
 
 from privfm.checks import RoundFailed, at_least, require
 from privfm.contracts import Metric, UpdateAttack
+from privfm.federation.canaries import nothing_kept
 from privfm.federation.client_states import ClientStates
 from privfm.federation.compatibility import problems
 from privfm.federation.population import no_participations
@@ -63,12 +64,15 @@ def start(federation: Federation) -> RunState:
     """
     refuse_problems(federation)
     arm, learner, d = federation.arm, federation.learner, federation.learner.d
-    rule, space = arm.release(d, federation.clients.size), arm.space(d, learner.adapters)
+    rule, space = arm.release(d + arm.ghosts, federation.clients.size), arm.space(d, learner.adapters)
+    planted = federation.planted
     attack = arm.attack.init(d) if isinstance(arm.attack, UpdateAttack) else {}
     model, width = space.start(learner.initial()), space.width
     bounded = arm.plan is not None and arm.plan.bounds_participation
-    joined = no_participations(federation.clients.size) if bounded else {}
-    return RunState(0, model, rule.init(width), arm.optimizer.init(width), ClientStates({}), attack, joined)
+    joined = no_participations(federation.clients.size if planted is None else planted.size) if bounded else {}
+    audit = {} if planted is None else nothing_kept(planted)
+    rule_state = rule.init(width + arm.ghosts)
+    return RunState(0, model, rule_state, arm.optimizer.init(width), ClientStates({}), attack, joined, audit)
 
 
 def rounds(

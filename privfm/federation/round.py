@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 from time import perf_counter
 from typing import Literal, final
@@ -37,6 +37,7 @@ from privfm.defenses.directional_rules import with_root
 from privfm.defenses.privacy.releases import BOUND, GaussianRelease, QuantileRelease
 from privfm.defenses.views import EmptyView, WatchedView
 from privfm.federation.arm import Arm
+from privfm.federation.canaries import Planted, remembered
 from privfm.federation.client_states import ClientStates
 from privfm.federation.population import drawn_in_secret, eligible, lost
 from privfm.federation.record import Record
@@ -68,6 +69,17 @@ class Federation:
     strict: bool = False
     root: Examples | None = None
 
+    @property
+    def planted(self) -> Planted | None:
+        """The canaries of an audited run."""
+        audit = self.arm.audit
+        return None if audit is None else Planted.of(audit, self.clients.size, self.seeds)
+
+    def examples(self, client: int) -> Examples:
+        """One client's, or one canary's."""
+        planted = self.planted if client >= self.clients.size else None
+        return self.clients.examples(client) if planted is None else planted.examples(client)
+
 
 @final
 @dataclass(frozen=True)
@@ -81,6 +93,7 @@ class RunState:
     clients: ClientStates
     attack: State  # what the attackers share
     joined: State  # how often clients took part, where the plan bounds it
+    audit: State = field(default_factory=dict)  # what an audit has seen so far
     skipped: int = 0  # rounds in a row, up to now
 
 
@@ -91,24 +104,27 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
     a plan it releases its noise all the same: why it failed may depend on data.
     """
     arm, learner, now, d = federation.arm, federation.learner, state.round, federation.learner.d
+    planted, width = federation.planted, d + arm.ghosts
     generator = federation.seeds.generator
     began = perf_counter()
     active = arm.active(now, learner.adapters)
-    rule, space = arm.release(d, federation.clients.size, active), arm.space(d, learner.adapters)
+    rule, space = arm.release(width, federation.clients.size, active), arm.space(d, learner.adapters)
     state = _with_root(federation, state, space)
-    cohort, state = _drawn(federation, state)
+    drawn, state = _drawn(federation, state)
+    cohort = drawn if planted is None else planted.present(drawn)
     gone = lost(arm.dropout_rate, arm.channel.client_stages, cohort, generator("dropout", now))
     way, channel = Way(federation, state, rule, space, cohort), arm.wire
-    intake = replace(arm.intake(d, rule, state.rule), weights=way.weights)
+    intake = replace(arm.intake(width, rule, state.rule), weights=way.weights)
     nobody = EmptyView(intake.d)
     traffic = Traffic(federation.engine.open(channel, way.sealed, Cast(now, way.honest, way.malicious, gone)))
 
     def concluded(view: View) -> Conclusion:
         seen = space.seen(view, state.model)
         rule_state, outcome = rule.aggregate(state.rule, seen, generator("noise", now))
-        moved = space.moved(seen, outcome, state.optimizer, state.model, generator("adapters", now))
+        step = replace(outcome, vector=outcome.vector[:d]) if arm.ghosts else outcome  # canaries' columns end here
+        moved = space.moved(seen, step, state.optimizer, state.model, generator("adapters", now))
         after = replace(state, model=moved.model, rule=rule_state, optimizer=moved.optimizer)
-        return Conclusion(after, seen, outcome, moved)
+        return Conclusion(after, seen, outcome, moved, outcome.vector)
 
     view, end, skipped, failure = WatchedView(nobody), Conclusion(state, nobody), "", ""
     try:
@@ -116,7 +132,7 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
         if view.n < intake.least_answers:  # a channel that did not end the round by itself
             raise RoundFailed(f"least_answers={intake.least_answers}: {view.n} client(s) answered; nothing is released")
         if arm.weighting == "examples":
-            view.client_weights = _shares(federation.clients, view.ids)
+            view.client_weights = _shares(federation, view.ids)
             view.folded = sum(way.weights[client] for client in view.ids) if arm.folds else None
         end = concluded(view)
     except (RoundFailed, CohortTooSmall) as reason:
@@ -162,7 +178,14 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
         leaked=arm.server_attack.look(view.seen, state.model, now) if arm.server_attack else {},
     )
     in_a_row = state.skipped + 1 if skipped else 0
-    return replace(end.state, round=now + 1, clients=way.clients, attack=way.attack, skipped=in_a_row), record
+    after = replace(end.state, round=now + 1, clients=way.clients, attack=way.attack, skipped=in_a_row)
+    if planted is None:
+        return after, record
+    total = end.released
+    if total is not None and isinstance(rule, GaussianRelease):
+        total = total.double() * rule.denominator
+    arrived_ids = () if end.outcome is None else end.seen.ids
+    return replace(after, audit=remembered(state.audit, planted, total, drawn, arrived_ids)), record
 
 
 @final
@@ -175,12 +198,14 @@ class Conclusion:
       seen: what the rule saw.
       outcome: what it returned; None where it was not asked, or under a plan could not be.
       moved: the step that followed.
+      released: the rule's result, asked or not; None where there is none.
     """
 
     state: RunState
     seen: View
     outcome: Outcome | None = None
     moved: Moved | None = None
+    released: Tensor | None = None
 
     def counted(
         self, marks: Literal["kept", "clipped", "detected"], malicious: Sequence[int] | None
@@ -196,26 +221,28 @@ class Conclusion:
 def _drawn(federation: Federation, state: RunState) -> tuple[tuple[int, ...], RunState]:
     """Who is asked in this round, and the state that remembers it; the plan's bounds on participation hold here."""
     arm, now, population = federation.arm, state.round, federation.clients.size
-    plan = arm.plan
+    plan, planted = arm.plan, federation.planted
     if plan is not None and plan.source == "secure":
         drawn = drawn_in_secret(arm.sampling, population, now)
     else:
         drawn = arm.sampling.draw(population, federation.seeds.generator("cohort", now), now)
+    if planted is not None:
+        drawn = planted.drawn(arm.sampling, now, plan, drawn)
     if plan is None or not plan.bounds_participation:
         return drawn, state
     cohort, joined = eligible(drawn, state.joined, now, plan.max_participations, plan.bands)
     return cohort, replace(state, joined=joined)
 
 
-def _shares(clients: Clients, ids: Sequence[int]) -> Tensor:
+def _shares(federation: Federation, ids: Sequence[int]) -> Tensor:
     """What part of the arrived clients' examples each holds, `(n,)` float64."""
-    sizes = torch.tensor([len(clients.examples(client)) for client in ids], dtype=torch.float64)
+    sizes = torch.tensor([len(federation.examples(client)) for client in ids], dtype=torch.float64)
     return sizes / sizes.sum()
 
 
-def _weights(clients: Clients, cohort: Sequence[int]) -> dict[int, float]:
+def _weights(federation: Federation, cohort: Sequence[int]) -> dict[int, float]:
     """What each client multiplies its row by: its examples over the most that any of the cohort holds, at most 1."""
-    sizes = {client: len(clients.examples(client)) for client in cohort}
+    sizes = {client: len(federation.examples(client)) for client in cohort}
     most = max(sizes.values(), default=1)
     return {client: size / most for client, size in sizes.items()}
 
@@ -266,13 +293,14 @@ class Way:
         self._federation, self._state, self._rule, self._space = federation, state, rule, space
         level = arm.attack.needs if isinstance(arm.attack, UpdateAttack) else Knows.OWN
         self._known = Knowledge(level, len(cohort), self._imagined, state.model[: federation.learner.d], rule)
-        self.weights = _weights(federation.clients, cohort) if arm.folds else {}
+        self.weights = _weights(federation, cohort) if arm.folds else {}
         plain = arm.plan is None and not arm.folds and arm.channel.rows(1) is None
         self._spread = Spread() if plain else None
         self._active = arm.active(state.round, federation.learner.adapters)
         self._layers = federation.learner.layers
         self._bound = float(state.rule[BOUND]) if BOUND in state.rule else None  # of this round's clip, where it moves
         self._sums = federation.arm.channel.reveals is Reveals.SUM  # elsewhere the server may clip what it opens
+        self._planted = federation.planted
         self._plain_sum = torch.zeros((), dtype=torch.float64)
         self._summed: set[int] = set()
         self._spread_over: set[int] = set()
@@ -280,20 +308,16 @@ class Way:
     def sealed(self, asked: Sequence[int]) -> Mapping[int, Encoded]:
         """Encoded rows of a batch of clients, all honest or all malicious; those that failed are missing."""
         began = perf_counter()
-        arm, seeds, now = self._federation.arm, self._federation.seeds, self._state.round
+        arm, seeds, now, d = self._federation.arm, self._federation.seeds, self._state.round, self._federation.learner.d
         attack = arm.attack if set(asked) & set(self.malicious) else None
-        ids, rows = self._trained(asked, attack)
-        if attack is None or arm.attackers_take_steps:
-            rows, self.clients = self._stepped(ids, rows, self.clients)
-        if isinstance(attack, UpdateAttack) and ids:
-            self.attack, rows = attack.bend(self._state.attack, rows, self._known, seeds.generator("attack", now))
-            if attack.obeys_chain:
-                rows, _ = self._stepped(ids, rows, self._state.clients)
-        obeys = not isinstance(attack, UpdateAttack) or attack.obeys_chain
-        rows = self._guarded(ids, rows, obeys)
+        planted = self._planted if self._planted is not None and not self._planted.canaries.trained else None
+        canaries = [] if planted is None else [client for client in asked if client >= planted.first]
+        ids, rows = self._sent([client for client in asked if client not in set(canaries)], attack)
+        if planted is not None:
+            ids, rows = [*ids, *canaries], torch.cat([planted.widened(rows), self._planted_rows(planted, canaries)])
         encoded, _ = arm.codecs.encode(rows, {}, seeds.clients("codecs", now, ids))
         if attack is None and (self._known.level > Knows.OWN or self._spread is not None):
-            decoded = arm.codecs.decode(encoded, rows.shape[1])[:, : self._federation.learner.d]
+            decoded = arm.codecs.decode(encoded, rows.shape[1])[:, :d]
             self._known.add(decoded, ids)
             if self._spread is not None:
                 seen = self._space.seen(MatrixView(decoded), self._state.model)
@@ -312,6 +336,28 @@ class Way:
             for k, client in enumerate(ids)
         }
 
+    def _sent(self, asked: Sequence[int], attack: Attack | None) -> tuple[list[int], Tensor]:
+        """Clients whose training went well, and what they would send before the codecs, `(k, d)`."""
+        arm, now = self._federation.arm, self._state.round
+        ids, rows = self._trained(asked, attack)
+        if attack is None or arm.attackers_take_steps:
+            rows, self.clients = self._stepped(ids, rows, self.clients)
+        if isinstance(attack, UpdateAttack) and ids:
+            generator = self._federation.seeds.generator("attack", now)
+            self.attack, rows = attack.bend(self._state.attack, rows, self._known, generator)
+            if attack.obeys_chain:
+                rows, _ = self._stepped(ids, rows, self._state.clients)
+        return ids, self._guarded(ids, rows, not isinstance(attack, UpdateAttack) or attack.obeys_chain)
+
+    def _planted_rows(self, planted: Planted, ids: Sequence[int]) -> Tensor:
+        """What canaries send of their own, `(k, d + columns)`: clipped, with the weight 1 of the largest clients."""
+        plan, d = self._federation.arm.plan, self._federation.learner.d
+        assert plan is not None  # `compatibility.problems` sees to it
+        rows = plan.max_grad_norm * planted.canaries.rows(planted.places(ids), d)
+        clip = plan.clip(((0, rows.shape[1]),))
+        assert clip is not None
+        return clip.encode(rows, {}, self._federation.seeds.clients("steps", self._state.round, ids))[0].rows
+
     def empirical_kappa(self, view: View, vector: Tensor) -> float | None:
         """See `Record.empirical_kappa`; a simulation knows the honest rows."""
         if self._spread is None or not self._spread_over <= set(view.ids):
@@ -325,14 +371,16 @@ class Way:
             return None
         if not self._sums or not vectors or set(view.ids) != self._summed or not self._plain_sum.any():
             return None
-        d = self._federation.learner.d
-        plain = self._federation.arm.intake(d, self._rule, self._state.rule).total(self._plain_sum)
+        width = self._federation.learner.d + arm.ghosts
+        plain = self._federation.arm.intake(width, self._rule, self._state.rule).total(self._plain_sum)
         return float((vectors[0].double() - plain).norm() / plain.norm())
 
     def _trained(self, asked: Sequence[int], attack: Attack | None) -> tuple[list[int], Tensor]:
         """Clients whose training went well, and their updates `(k, d)`."""
         federation, now = self._federation, self._state.round
-        examples = [federation.clients.examples(client) for client in asked]
+        if not asked:
+            return [], torch.zeros(0, federation.learner.d)
+        examples = [federation.examples(client) for client in asked]
         if isinstance(attack, DataAttack):
             generators = [federation.seeds.generator("attack", now, client) for client in asked]
             examples = [attack.poison(own, one) for own, one in zip(examples, generators, strict=True)]
@@ -374,7 +422,7 @@ class Way:
         if plan is None or plan.unit == "example":
             return rows
         if obeys and plan.weight_cap is not None:
-            rows = rows * plan.weights([len(federation.clients.examples(client)) for client in ids])[:, None]
+            rows = rows * plan.weights([len(federation.examples(client)) for client in ids])[:, None]
         if obeys and plan.place == "local":
             rows = plan.own_noise(rows, federation.seeds.clients("own noise", self._state.round, ids))
             if self._active is not None:  # what is not trained in this round is zero for everybody, and stays so

@@ -264,6 +264,23 @@ class ModelLearner(Learner):
         task = self.bench.task
         return self._read(model, examples, lambda logits, labels: {"predicted": task.predict(logits)})["predicted"]
 
+    def losses(self, model: Tensor, examples: Examples) -> Tensor:
+        """Loss of each example under `model (d,)`, `(b,)`."""
+        task = self.bench.task
+        return self._read(model, examples, lambda logits, labels: {"loss": task.losses(logits, labels)})["loss"]
+
+    def gradients(self, model: Tensor, examples: Examples) -> Tensor:
+        """Gradient of each example's loss at `model (d,)`, `(b, d)`: one pass an example, without dropout."""
+        bench = self.bench
+        bench.load(model)
+        found = torch.zeros(len(examples), self.d)
+        for place, row in enumerate(found):
+            loss = bench.losses(examples.take(torch.tensor([place]))).sum()
+            parts = torch.autograd.grad(loss, list(bench.parameters.values()), allow_unused=True)
+            named = zip(bench.parameters.items(), parts, strict=True)
+            row.copy_(bench.layout.flatten({name: torch.zeros_like(p) if g is None else g for (name, p), g in named}))
+        return found
+
     def _read(
         self, model: Tensor, examples: Examples, score: Callable[[Tensor, Tensor], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
