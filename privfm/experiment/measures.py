@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import median
+from typing import Any
 
 from torch import Tensor
 
 from privfm.checks import require
 from privfm.contracts import Attack, TargetedAttack
+from privfm.federation.auditing import AuditedRun
 from privfm.learning.learner import ModelLearner
 from privfm.reporting.summary import wilson
 
@@ -56,6 +59,11 @@ def backdoor(attack: Attack | None, learner: ModelLearner, model: Tensor) -> dic
         "attack_success_n": n,
         "attack_success_without_trigger": float((learner.predictions(model, clean) == wanted).double().mean()),
     }
+
+
+def audit_summary(found: AuditedRun) -> dict[str, Any]:
+    """What an audit says, as plain values; see `AuditedRun`."""
+    return {**asdict(found), "ratio": found.ratio, "alarm": found.alarm}
 
 
 def column(rows: Sequence[Mapping[str, object]], name: str) -> list[float]:

@@ -32,8 +32,9 @@ from privfm.contracts import (
 )
 from privfm.engines import Local
 from privfm.experiment.config import ArmSpec, RunConfig, described, resolved
-from privfm.experiment.measures import backdoor, column, detection
+from privfm.experiment.measures import audit_summary, backdoor, column, detection
 from privfm.federation import Arm, Federation, Population, choose_malicious, load, public_sizes, rounds, save
+from privfm.federation.auditing import audited
 from privfm.learning.learner import ModelLearner
 from privfm.learning.partitions import Natural
 from privfm.learning.splits import SplitShares, split
@@ -190,6 +191,8 @@ def play_run(path: Path, spec: ArmSpec, seed: int, shared: Path | None = None) -
     require(len(run.rows()) == until, f"{path}: another process has written to this run; choose another folder")
     summary = _summary(spec, seed, federation, run, learner.evaluate(state.model, "test"))
     summary |= _guarantees(config, facts, len(run.rows()))
+    if config.audit is not None:
+        summary["audit"] = audit_summary(audited(federation, state, learner.losses))
     run.finish(summary | detection(run.rows()) | backdoor(federation.arm.attack, learner, state.model))
     return run.summary()
 

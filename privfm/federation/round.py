@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 from time import perf_counter
-from typing import Literal, final
+from typing import Final, Literal, final
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ from privfm.federation.record import Record
 from privfm.federation.spaces import Moved, Space
 from privfm.federation.traffic import Traffic
 from privfm.randomness import Seeds
+
+DECLARED: Final = 10
+"""Times the cap of examples that canaries declare: as far beyond it as ghosts are sent beyond the clip."""
 
 
 @final
@@ -350,13 +353,19 @@ class Way:
         return ids, self._guarded(ids, rows, not isinstance(attack, UpdateAttack) or attack.obeys_chain)
 
     def _planted_rows(self, planted: Planted, ids: Sequence[int]) -> Tensor:
-        """What canaries send of their own, `(k, d + columns)`: clipped, with the weight 1 of the largest clients."""
+        """What canaries send of their own, `(k, d + columns)`: clipped, then weighted like clients with many rows.
+
+        They declare more examples than any weight may count, so that weights by size alone would show.
+        """
         plan, d = self._federation.arm.plan, self._federation.learner.d
         assert plan is not None  # `compatibility.problems` sees to it
         rows = plan.max_grad_norm * planted.canaries.rows(planted.places(ids), d)
         clip = plan.clip(((0, rows.shape[1]),))
         assert clip is not None
-        return clip.encode(rows, {}, self._federation.seeds.clients("steps", self._state.round, ids))[0].rows
+        encoded, _ = clip.encode(rows, {}, self._federation.seeds.clients("steps", self._state.round, ids))
+        if plan.weight_cap is None:
+            return encoded.rows
+        return encoded.rows * plan.weights([DECLARED * plan.weight_cap] * len(ids))[:, None]
 
     def empirical_kappa(self, view: View, vector: Tensor) -> float | None:
         """See `Record.empirical_kappa`; a simulation knows the honest rows."""

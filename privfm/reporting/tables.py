@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from privfm.reporting.audits import audit_table, check_table
 from privfm.reporting.channels import who_learns_what
 from privfm.reporting.formats import (
     MISSING,
@@ -56,6 +57,8 @@ def tables_of(experiment: Experiment) -> tuple[ReportTable, ...]:
     found = (
         table_of_arms(experiment),
         table_by_epsilon(experiment),
+        audit_table(experiment),
+        check_table(experiment),
         worst_cases(experiment),
         backdoors(experiment),
         who_learns_what(experiment),

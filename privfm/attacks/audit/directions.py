@@ -108,9 +108,9 @@ class RandomDirections(_ToBeFitted):
     """Canary j sends a direction drawn uniformly from the unit sphere in the space of all trained values.
 
     Two of them are nearly orthogonal: their inner product has mean 0 and standard deviation `1 / sqrt(d)`. What the
-    other canaries add to one's trace in a release therefore has variance at most `m / (4 d)` clips squared, and what
-    the clients' sum adds `|sum|^2 / d`: keep `m` well under `4 d z^2` where the noise has `z` clips. They take part in
-    the model, so that many of them cost accuracy.
+    coins of the other m canaries add to one's trace in a release therefore has variance about `m / (4 d)` clips
+    squared, beside a constant of that size, and what the clients' sum adds has `|sum|^2 / d`: keep m well under
+    `2 d z^2` where the noise has z clips. They take part in the model, so that many of them cost accuracy.
 
     Cost: `count` inner products of length d a release; 4 `count` d bytes, or, where that is over 200 MB, drawing them
     again at each use.
@@ -152,9 +152,11 @@ class GradientCanaries(_ToBeFitted):
     These directions are far from orthogonal: examples of one task share most of their gradient, and in low-rank
     adapters the same few columns. The price is power, not validity: coins stay independent whatever canaries send, and
     a bound from them holds. In each release the other canaries' coins add variance `sum over i of cos(i, j)^2 / 4`
-    clips squared to the trace of canary j, a quarter of `count - 1` at worst, and honest clients' updates, which also
-    go downhill, add their own. A check of the noise's scale or of the shift presupposes orthogonal canaries: use
-    ghosts for it.
+    clips squared to the trace of canary j, a quarter of `count - 1` at worst (0.35 with 64 of them, against 0.0006 of
+    random directions: MiniLM, LoRA of rank 8 on the last two layers, docstrings, d = 26,886, where two canaries have a
+    cosine of 0.15 in root mean square and 0.71 at most), beside a constant, half the sum of cos(i, j). Honest
+    clients' updates, which also go downhill, add their own. A check of the noise's scale or of the shift presupposes
+    orthogonal canaries: use ghosts for it.
 
     Cost: one gradient of each of `count` examples; 4 `count` d bytes; `count` inner products of length d a release.
 

@@ -62,9 +62,7 @@ class GhostCanaries(Canaries):
 
     def observed(self, vector: Tensor) -> Tensor:
         if vector.dim() != 1 or len(vector) < self.count:
-            raise InvalidArgument(
-                f"vector {tuple(vector.shape)}: expected (d + {self.count},), ghosts last"
-            )
+            raise InvalidArgument(f"vector {tuple(vector.shape)}: expected (d + {self.count},), ghosts last")
         return vector[len(vector) - self.count :].double()
 
 

@@ -96,7 +96,7 @@ class OutOfDistributionTexts(_ToBeFitted):
 
     Args:
       count: of canaries, at least 8.
-      words: of a text. A random word is two to four tokens; what is longer than the data's longest text is refused.
+      words: of a text. A random word is some four tokens; what is longer than the data's longest text is refused.
       repeats: copies of the text that a canary holds.
 
     Source: Nasr et al., "Tight auditing of differentially private machine learning", 2023 (blank and
@@ -104,7 +104,7 @@ class OutOfDistributionTexts(_ToBeFitted):
     """
 
     count: int
-    words: int = 8
+    words: int = 4
     repeats: int = 1
 
     def __post_init__(self) -> None:
@@ -169,16 +169,19 @@ def _read(texts: Sequence[str], scene: CanaryScene) -> dict[str, Tensor]:
     width = _width(scene)
     if scene.tokenize is None:
         raise InvalidArgument("canaries of text need a model that reads text; MislabelledCanaries do without")
-    # The last text is longer than all others, so that the tokenizer itself pads them.
-    padded = scene.tokenize([*texts, "a " * width])
+    # The last text is longer than all others, so that the tokenizer itself pads them, and shows where it cuts.
+    padded = scene.tokenize([*texts, "a " * (2 * width)])
     whole = {name: value[:-1] for name, value in padded.items()}
-    longest = int(scene.tokenize(texts)["attention_mask"].sum(1).max())
-    fits = whole["input_ids"].shape[1] >= width and longest <= width
-    require(fits, f"canaries of {longest} tokens: the longest text of the data has {width}; take shorter ones")
+    longest = int(whole["attention_mask"].sum(1).max())
+    fits = longest <= width <= padded["input_ids"].shape[1] and longest < int(padded["attention_mask"][-1].sum())
+    require(
+        fits,
+        f"canaries of {longest} tokens, or cut to so many: the longest text of the data has {width}; take shorter ones",
+    )
     found = {name: value[:, :width].clone() for name, value in whole.items()}
     ends = (whole["attention_mask"][:, 0] == 1) & (found["attention_mask"].sum(1) == whole["attention_mask"].sum(1))
     require(bool(ends.all()), "the tokenizer pads on the left: expected on the right")
-    distinct = len(found["input_ids"].unique(dim=0))
+    distinct = len({tuple(row) for row in found["input_ids"].tolist()})
     require(
         distinct == len(texts),
         f"{len(texts)} canaries of text are {distinct} to the tokenizer, which cuts them off or does not know them",

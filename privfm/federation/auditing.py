@@ -1,0 +1,140 @@
+"""What an audited run says of its epsilon: bounds from below, an estimate, and checks of the mechanism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from typing import Final, final
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from privfm.attacks.audit import Bound, Check, Estimate, gaussian_fit, holm, one_run, spread
+from privfm.checks import require
+from privfm.contracts import Examples
+from privfm.defenses.privacy import DPPlan
+from privfm.federation.canaries import Audit, Kept, Planted
+from privfm.federation.claims import Claim
+from privfm.federation.round import Federation, RunState
+
+Array = NDArray[np.float64]
+Losses = Callable[[Tensor, Examples], Tensor]
+"""A model `(d,)` and examples -> the loss of each, `(b,)`."""
+
+
+@final
+@dataclass(frozen=True)
+class AuditedRun:
+    """What the canaries of one run say.
+
+    Attributes:
+      canaries: as configured.
+      count: of them.
+      included: how many were in.
+      claimed: epsilon by the plan that is claimed, infinite without noise; None: nothing is claimed.
+      delta: of claim and bound.
+      bound: certified; the method and the number of guesses were fixed by the claim, before the run.
+      others: certified by other methods, each at its confidence by itself: the largest of them holds at less.
+      estimate: a best guess; None: the scores allow none.
+      checks: of the mechanism, where ghosts show it.
+    """
+
+    canaries: str
+    count: int
+    included: int
+    claimed: float | None
+    delta: float
+    bound: Bound
+    others: tuple[Bound, ...]
+    estimate: Estimate | None
+    checks: tuple[Check, ...]
+
+    @property
+    def ratio(self) -> float | None:
+        """What is certified of the claim; None where nothing finite is claimed."""
+        return None if self.claimed in {None, 0.0, inf} else self.bound.epsilon / (self.claimed or inf)
+
+    @property
+    def alarm(self) -> str:
+        """What contradicts the claim; empty where nothing does."""
+        found = []
+        if self.claimed is not None and self.bound.epsilon > self.claimed:
+            found.append(f"epsilon is at least {self.bound.epsilon:.3g}, claimed is {self.claimed:.3g}")
+        wrong = [check for check in holm(self.checks) if check.p_value < ALARM]
+        found += [f"{check.name} {check.found:.3g}, claimed {check.expected:.3g}" for check in wrong]
+        return "; ".join(found)
+
+
+ALARM: Final = 1e-3
+"""Probability, over all checks of a run together (Holm), with which a sound mechanism is accused."""
+
+
+def audited(federation: Federation, state: RunState, losses: Losses | None = None) -> AuditedRun:
+    """Reads a run's canaries.
+
+    Args:
+      federation: an audited one.
+      state: after its last round.
+      losses: of a model on examples; needed for canaries that train.
+
+    Raises:
+      InvalidArgument: the run is not audited, or no round was played.
+    """
+    audit, planted = federation.arm.audit, federation.planted
+    require(audit is not None and planted is not None, "audit=None: the run has no canaries")
+    require(state.round > 0, "no round was played: canaries have left no trace")
+    assert audit is not None and planted is not None
+    coins = planted.included.numpy()
+    plan = audit.claimed or federation.arm.plan
+    if audit.canaries.trained:
+        require(losses is not None, "losses=None: canaries that train are found by the model's loss on them")
+        assert losses is not None
+        scores = _remembered(federation, planted, state, losses)
+        delta = audit.delta if plan is None else plan.delta
+        fit: Estimate | None = gaussian_fit(scores[coins], scores[~coins], delta)
+        bound = one_run(scores, coins, delta, guesses=spread(len(coins)), confidence=audit.confidence)
+        return _audited(audit, planted, plan, state.round, bound, (), fit, ())
+    assert plan is not None  # `compatibility.problems` sees to it
+    claim = Claim(plan, federation.learner.d, federation.arm.codecs)
+    kept = Kept.read(state.audit)
+    values = kept.released.double().numpy() / plan.max_grad_norm
+    turns = claim.turns(state.round, audit.canaries.count)
+    scores = claim.scores(values, turns)
+    bounds = claim.bounds(scores, coins, turns, audit.confidence)
+    checks: tuple[Check, ...] = ()
+    if audit.canaries.ghost:
+        checks = claim.checks(values, kept.sent.numpy(), kept.units.sum(1).numpy(), planted.size)
+    fit = claim.estimate(values, kept.sent.numpy(), scores, coins)
+    return _audited(audit, planted, plan, state.round, bounds[0], tuple(bounds[1:]), fit, checks)
+
+
+def _audited(  # noqa: PLR0917 (its fields, in their order)
+    audit: Audit, planted: Planted, plan: DPPlan | None, after: int,
+    bound: Bound, others: tuple[Bound, ...], estimate: Estimate | None, checks: tuple[Check, ...],
+) -> AuditedRun:  # fmt: skip
+    claimed = None
+    if plan is not None and plan.unit == "client":
+        claimed = plan.epsilon(after)
+    return AuditedRun(
+        type(audit.canaries).__name__,
+        audit.canaries.count,
+        int(planted.included.sum()),
+        claimed,
+        bound.delta,
+        bound,
+        others,
+        estimate,
+        checks,
+    )
+
+
+def _remembered(federation: Federation, planted: Planted, state: RunState, losses: Losses) -> Array:
+    """How much lower the final model's loss on each canary's examples is than the initial one's, `(count,)`."""
+    first = federation.learner.initial()
+    found = []
+    for place in range(planted.canaries.count):
+        own = planted.canaries.examples(place)
+        found.append(float((losses(first, own) - losses(state.model, own)).mean()))
+    return np.array(found)

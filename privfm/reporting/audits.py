@@ -1,0 +1,120 @@
+"""What audits say of runs: claimed epsilon beside what is certified and estimated, and the mechanism's checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import inf
+from typing import Any
+
+from privfm.reporting.formats import MISSING, small_number
+from privfm.reporting.summary import ArmResult, Experiment
+from privfm.reporting.table import Column, ReportTable, TableRow
+
+SMALLEST_P = 1e-12
+"""p-values below are printed as this: tails of float64 mean nothing further out."""
+
+
+def audits(experiment: Experiment) -> Iterator[tuple[ArmResult, int, Mapping[str, Any]]]:
+    """Each audited run: its arm, its seed, and what the audit said."""
+    for arm in experiment.finished:
+        for seed, summary in sorted(arm.summaries.items()):
+            if summary.get("audit"):
+                yield arm, seed, summary["audit"]
+
+
+def audit_table(experiment: Experiment) -> ReportTable | None:
+    """One row an audited run; None where there is none."""
+    found = list(audits(experiment))
+    if not found:
+        return None
+    several = len(experiment.index.seeds) > 1
+    columns = (
+        Column("arm", "arm", "title"),
+        Column("epsilon claimed (delta)", "claimed", "audit.claimed"),
+        Column("at least", "at least", "audit.bound.epsilon"),
+        Column("of the claim", "ratio", "audit.ratio"),
+        Column("estimate (95 %), no bound", "estimate", "audit.estimate.epsilon"),
+        Column("at most provable", "ceiling", "audit.bound.ceiling"),
+        Column("canaries (in)", "canaries", "audit.count"),
+        Column("by", "by", "audit.bound.method"),
+        Column("contradicts the claim", "alarm", "audit.alarm"),
+    )
+    rows = tuple(
+        TableRow(arm.arm.group, (f"{arm.title}, seed {seed}" if several else arm.title, *_cells(audit)))
+        for arm, seed, audit in found
+    )
+    confidence = sorted({f"{100 * float(audit['bound']['confidence']):g} %" for _, _, audit in found})
+    notes = (
+        f"At least: a lower bound that holds with {' or '.join(confidence)} confidence, over the canaries' coins and "
+        "the mechanism's; method and number of guesses were fixed by the claim, before the run. It proves no claim, "
+        "and cannot pass what is printed as provable with so many guesses.",
+        *dict.fromkeys(f"{audit['bound']['method']}: {audit['bound']['assumes']}." for _, _, audit in found
+                       if audit["bound"]["assumes"]),
+        *dict.fromkeys(f"{audit['estimate']['method']}: {audit['estimate']['assumes']}." for _, _, audit in found
+                       if audit["estimate"]),
+    )  # fmt: skip
+    return ReportTable(columns, rows, notes, (), "Epsilon claimed and audited")
+
+
+def check_table(experiment: Experiment) -> ReportTable | None:
+    """One row a check of an audited run's mechanism; None where nothing was checked."""
+    rows = tuple(
+        TableRow(
+            arm.title,
+            (
+                f"{arm.title}, seed {seed}" if len(experiment.index.seeds) > 1 else arm.title,
+                str(check["name"]),
+                f"{float(check['found']):.4g}",
+                f"{float(check['expected']):.4g}",
+                p_text(float(check["p_value"])),
+                f"{int(check['n']):,}",
+            ),
+        )
+        for arm, seed, audit in audits(experiment)
+        for check in audit["checks"]
+    )
+    if not rows:
+        return None
+    columns = (
+        Column("arm", "arm", "title"),
+        Column("check", "check", "audit.checks"),
+        Column("found", "found", "audit.checks"),
+        Column("claimed", "claimed", "audit.checks"),
+        Column("p-value", "p", "audit.checks"),
+        Column("observations", "n", "audit.checks"),
+    )
+    notes = (
+        "Noise in units of the claimed one; arrival of a canary in clips; p-values are two-sided, one a check. A small "
+        "one says that the mechanism is not the claimed one, also where it is the safer one.",
+    )
+    return ReportTable(columns, rows, notes, (), "Checks of the mechanism")
+
+
+def p_text(value: float) -> str:
+    """A p-value for people.
+
+    >>> p_text(0.25), p_text(0.0)
+    ('0.25', 'below 1e-12')
+    """
+    return f"below {SMALLEST_P:g}" if value < SMALLEST_P else f"{value:.2g}"
+
+
+def _cells(audit: Mapping[str, Any]) -> tuple[str, ...]:
+    bound, estimate, claimed = audit["bound"], audit["estimate"], audit["claimed"]
+    ratio = audit["ratio"]
+    return (
+        "nothing" if claimed is None else f"{_epsilon(claimed)} ({small_number(audit['delta'])})",
+        _epsilon(bound["epsilon"]),
+        MISSING if ratio is None else f"{ratio:.2f}",
+        MISSING
+        if estimate is None
+        else f"{_epsilon(estimate['epsilon'])} ({_epsilon(estimate['low'])} to {_epsilon(estimate['high'])})",
+        _epsilon(bound["ceiling"]),
+        f"{audit['count']:,} {audit['canaries']} ({audit['included']:,})",
+        f"{bound['method']}, {bound['correct']:,} of {bound['guesses']:,} right",
+        audit["alarm"] or "nothing",
+    )
+
+
+def _epsilon(value: float | None) -> str:
+    return "infinite" if value in {None, inf} else f"{float(value or 0):.3g}"
