@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf, log
 from typing import final
@@ -43,8 +44,10 @@ class Threshold(ABC):
     """A rule by which "in" is said of scores at or above a threshold."""
 
     @abstractmethod
-    def counts(self, inside: NDArray[np.float64], outside: NDArray[np.float64], error: float) -> tuple[Counts, ...]:
-        """What each threshold that is paid for showed."""
+    def counts(
+        self, inside: NDArray[np.float64], outside: NDArray[np.float64], worth: Callable[[Counts], float]
+    ) -> tuple[Counts, ...]:
+        """What each threshold that is paid for showed; `worth` is the bound of one threshold's counts."""
 
 
 @final
@@ -63,7 +66,9 @@ class DeclaredThreshold(Threshold):
         require(not any(np.isnan(value) for value in self.values), f"values={self.values!r}: expected numbers")
         require(len(set(self.values)) == len(self.values), f"values={self.values!r}: expected each threshold once")
 
-    def counts(self, inside: NDArray[np.float64], outside: NDArray[np.float64], error: float) -> tuple[Counts, ...]:
+    def counts(
+        self, inside: NDArray[np.float64], outside: NDArray[np.float64], worth: Callable[[Counts], float]
+    ) -> tuple[Counts, ...]:
         """At each of them, on all scores."""
         return tuple(_counts(inside, outside, value) for value in self.values)
 
@@ -82,7 +87,9 @@ class SplitThreshold(Threshold):
     def __post_init__(self) -> None:
         at_least("seed", self.seed, 0)
 
-    def counts(self, inside: NDArray[np.float64], outside: NDArray[np.float64], error: float) -> tuple[Counts, ...]:
+    def counts(
+        self, inside: NDArray[np.float64], outside: NDArray[np.float64], worth: Callable[[Counts], float]
+    ) -> tuple[Counts, ...]:
         """At the chosen one, on the second half."""
         generator = np.random.default_rng(self.seed)
         inside, outside = generator.permutation(inside), generator.permutation(outside)
@@ -92,8 +99,7 @@ class SplitThreshold(Threshold):
         least = 1 / (a + b)
         shares = np.geomspace(least, 0.5, _CANDIDATES // 2)
         candidates = np.quantile(np.concatenate([first_in, first_out]), np.concatenate([shares, 1 - shares]))
-        # Without delta: which threshold is best hardly depends on it, and any choice is valid.
-        best = max(candidates.tolist(), key=lambda value: bound_of(_counts(first_in, first_out, value), 0.0, error))
+        best = max(candidates.tolist(), key=lambda value: worth(_counts(first_in, first_out, value)))
         return (_counts(inside[a:], outside[b:], best),)
 
 
@@ -130,7 +136,7 @@ def clopper_pearson(
     fraction("confidence", confidence, one=False)
     inside, outside = _scores("scores_in", scores_in), _scores("scores_out", scores_out)
     rule = SplitThreshold() if threshold is None else threshold
-    shown = rule.counts(inside, outside, 1 - confidence)
+    shown = rule.counts(inside, outside, lambda counts: bound_of(counts, delta, 1 - confidence, gaussian=gaussian))
     error = (1 - confidence) / len(shown)
     found = [bound_of(counts, delta, error, gaussian=gaussian) for counts in shown]
     best = int(np.argmax(found))

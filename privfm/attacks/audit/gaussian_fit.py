@@ -30,8 +30,8 @@ def gaussian_fit(scores_in: ArrayLike, scores_out: ArrayLike, delta: float) -> E
       scores_out: `(b,)` of canaries out.
       delta: in (0, 1).
 
-    Source: corrections to the audit of sums (full participation); standard error: Hedges, Olkin, "Statistical methods
-    for meta-analysis", 1985, section 5.
+    Source: Dong, Roth, Su, "Gaussian differential privacy", 2022, theorem 1 (mu is a distance in deviations); standard
+    error: Hedges, Olkin, "Statistical methods for meta-analysis", 1985, section 5.
 
     >>> import numpy as np
     >>> noise = np.random.default_rng(0).normal(size=(2, 5000))

@@ -27,9 +27,8 @@ _UNBELIEVABLE = 1e-9
 """Coins that fall this unevenly were not flipped with probability 1/2."""
 
 _SPREAD = (0.0025, 0.0075, 0.025, 0.075, 0.2)
-"""Shares of the canaries guessed on each side where nobody declares anything: the spread of corrections A6 (50 to 4000
-guesses of 10,000), wide enough for epsilon 1 to 8."""
-
+"""Shares of the canaries guessed on each side where nobody declares anything: 50 to 4000 guesses of 10,000 canaries,
+a spread in which the Gaussian mechanism's best count lies for every epsilon from 1 to 8."""
 
 _CANDIDATES = 20
 """Counts that `planned` tries: steps of a factor 1.4 at m = 10,000, within which bounds hardly change."""

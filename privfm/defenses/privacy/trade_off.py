@@ -9,8 +9,8 @@ have in one world when it has probability y in the other. The inequality must ho
 and it is averaged over the other canaries' coins, so the function must hold in both directions and be convex: it is
 the convex hull of the worse of the two, not one of them (for Poisson sampling, adding and removing differ).
 
-Source: Mahloujifar, Melis, Chaudhuri, "Auditing f-differential privacy in one run", 2024, definition 7 and theorem 9;
-trade-off functions: Dong, Roth, Su, 2019, proposition 2.12; privacy loss distributions: see `accounting`.
+Source: Mahloujifar, Melis, Chaudhuri, "Auditing f-differential privacy in one run", 2024; trade-off functions from
+privacy profiles: Dong, Roth, Su, "Gaussian differential privacy", 2019; privacy loss distributions: see `accounting`.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ _LINES = 400
 """Epsilons at which the privacy profile is read, on each side of zero: the result is within 1e-4 of the exact one."""
 
 _INTERVAL = 1e-3
-"""Discretisation of privacy losses: deltas are upper bounds at any, and this one takes half as long as the accounting's,
-whose epsilons differ by less than 1e-4."""
+"""Discretisation of privacy losses: deltas are upper bounds at any, and this one takes half as long as accounting's."""
 
 _LEAST_DELTA = 1e-12
 """The profile is read down to here: recursions start at probabilities far above, and rounding is not far below."""
@@ -149,7 +148,7 @@ def members(
     | mechanism                       | inverse                                    | epsilon                  |
     |---------------------------------|--------------------------------------------|--------------------------|
     | Gaussian, nothing sampled       | closed form                                | exact                    |
-    | Gaussian, Poisson sampling      | never above the exact one                  | PLD, above by under 1e-4 |
+    | Gaussian, Poisson sampling      | never above the exact one                  | PLD, above by about 1e-5 |
     | cohorts of fixed size           | refused: no trade-off function is known    |                          |
     | distributed noise               | refused: known by its Rényi divergence     |                          |
 
