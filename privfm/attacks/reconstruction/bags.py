@@ -15,8 +15,9 @@ from typing import Any, Final, Literal, final
 import torch
 from torch import Generator, Tensor
 
+from privfm.attacks.reconstruction.architectures import Block
 from privfm.attacks.reconstruction.subspace import distances, row_space
-from privfm.attacks.reconstruction.text_models import GPT2, Block, Encoder, TextModel, text_model
+from privfm.attacks.reconstruction.text_models import GPT2, Encoder, TextModel, text_model
 from privfm.checks import InvalidArgument, at_least, fraction, one_of, positive, require
 from privfm.contracts.reconstruction import Observation, Reconstruction, ReconstructionAttack, Watch
 

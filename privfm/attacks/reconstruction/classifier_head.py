@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Generator, Tensor, nn
 
-from privfm.attacks.reconstruction.text_models import asleep
+from privfm.attacks.reconstruction.architectures import asleep
 from privfm.checks import InvalidArgument, first_line, require
 
 _LENGTH: Final = 12

@@ -8,7 +8,8 @@ from typing import Literal, final
 
 from torch import nn
 
-from privfm.attacks.reconstruction.text_models import Projection, TextModel, text_model
+from privfm.attacks.reconstruction.architectures import Projection
+from privfm.attacks.reconstruction.text_models import TextModel, text_model
 from privfm.checks import at_least, one_of
 
 Kind = Literal["tokens", "pairs"]

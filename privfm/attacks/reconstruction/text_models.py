@@ -6,81 +6,17 @@ that a variant which computes something else (scaled embeddings, other norms) is
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final, final
+from abc import abstractmethod
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from privfm.checks import InvalidArgument, require
+from privfm.attacks.reconstruction.architectures import SAME, Architecture, Block, given_to, inside, recognised
+from privfm.checks import require
 
 
-@final
-@dataclass(frozen=True)
-class Projection:
-    """The query, key or value map of one block, `outputs x inputs`, as the model stores it.
-
-    Attributes:
-      weight: the parameter's name.
-      bias: the parameter's name; None where there is none.
-      first: first of the outputs in a weight that holds several maps.
-      outputs: number of them.
-      inputs: width of what it is given.
-      transposed: stored as `(inputs, outputs)`.
-      lora_a: name of the adapter's A `(rank, inputs)`; None where the map has no adapter.
-      lora_b: name of the adapter's B `(outputs, rank)`.
-      scaling: of the adapter's product.
-    """
-
-    weight: str
-    bias: str | None
-    first: int
-    outputs: int
-    inputs: int
-    transposed: bool = False
-    lora_a: str | None = None
-    lora_b: str | None = None
-    scaling: float = 1.0
-
-    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Its part of the weight's gradient (or of the weight), `(outputs, inputs)`; None where it was not sent."""
-        if self.weight not in tensors:
-            return None
-        whole = tensors[self.weight].T if self.transposed else tensors[self.weight]
-        return whole[self.first : self.first + self.outputs]
-
-    def offset(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Its part of the bias's gradient (or of the bias), `(outputs,)`; None where there is none, or was not sent."""
-        if self.bias is None or self.bias not in tensors:
-            return None
-        return tensors[self.bias][self.first : self.first + self.outputs]
-
-
-@final
-@dataclass(frozen=True)
-class Block:
-    """One block's attention.
-
-    Attributes:
-      query, key, value: its maps; all three are given the same input.
-      module: of the query map, whose input `TextModel.inputs` reads.
-    """
-
-    query: Projection
-    key: Projection
-    value: Projection
-    module: nn.Module
-
-    @property
-    def projections(self) -> tuple[Projection, Projection, Projection]:
-        """Query, key, value."""
-        return self.query, self.key, self.value
-
-
-class TextModel(ABC):
+class TextModel(Architecture):
     """A transformer as an attack sees it. The model itself stays as it is, on whatever device it lies.
 
     Tokens are given, and what is computed is given back, on the CPU, where attacks keep what they have observed.
@@ -108,21 +44,10 @@ class TextModel(ABC):
     head_width: int
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.root = self.find(model)
-        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        super().__init__(model)
         self._blocks: tuple[Block, ...] | None = None
 
     # ---------------------------------------------------------------------------- what an architecture writes
-
-    @classmethod
-    @abstractmethod
-    def find(cls, model: nn.Module) -> Any:
-        """The transformer inside a model.
-
-        Raises:
-          LookupError: there is none of this kind.
-        """
 
     @property
     @abstractmethod
@@ -177,10 +102,6 @@ class TextModel(ABC):
         weight = getattr(head, "weight", None)
         return None if weight is None else self.names.get(id(weight), self.embedding_name)
 
-    def name(self, parameter: Tensor) -> str:
-        """A parameter's name in the whole model."""
-        return self.names[id(parameter)]
-
     def block(self, number: int) -> Block:
         """Where the attention of a block has its maps."""
         if self._blocks is None:
@@ -190,26 +111,8 @@ class TextModel(ABC):
     def _block(self, number: int) -> Block:
         modules = self._attention(number)
         fused = modules[0] is modules[1]
-        parts = [self._projection(module, place if fused else None) for place, module in enumerate(modules)]
+        parts = [self.map(module, place if fused else None) for place, module in enumerate(modules)]
         return Block(parts[0], parts[1], parts[2], modules[0])
-
-    def _projection(self, module: Any, third: int | None) -> Projection:
-        base = getattr(module, "base_layer", module)
-        transposed = type(base).__name__ == "Conv1D"
-        inputs, outputs = base.weight.shape if transposed else reversed(base.weight.shape)
-        each = outputs if third is None else outputs // 3
-        adapter = next(iter(getattr(module, "lora_A", {})), None)
-        return Projection(
-            weight=self.name(base.weight),
-            bias=None if base.bias is None else self.name(base.bias),
-            first=0 if third is None else third * each,
-            outputs=int(each),
-            inputs=int(inputs),
-            transposed=transposed,
-            lora_a=None if adapter is None else self.name(module.lora_A[adapter].weight),
-            lora_b=None if adapter is None else self.name(module.lora_B[adapter].weight),
-            scaling=1.0 if adapter is None else float(module.scaling[adapter]),
-        )
 
     def inputs(self, number: int, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the maps of a block are given for whole texts, by the model's own code: `(b, T)` -> `(b, T, d)`.
@@ -220,21 +123,8 @@ class TextModel(ABC):
           mask: `(b, T)`, 1 at real tokens; None: all are.
         """
         mask = torch.ones_like(tokens) if mask is None else mask
-        seen: list[Tensor] = []
-
-        def stop(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            seen.append(given[0])
-            raise _Enough
-
-        hook = self.block(number).module.register_forward_pre_hook(stop)
-        try:
-            with torch.no_grad(), asleep(self.root):
-                self.root(input_ids=tokens.to(self.device), attention_mask=mask.to(self.device))
-        except _Enough:
-            pass
-        finally:
-            hook.remove()
-        return seen[0].cpu()
+        asked = {"input_ids": tokens.to(self.device), "attention_mask": mask.to(self.device)}
+        return given_to(self.block(number).module, self.root, **asked).cpu()
 
     def require_as_computed(self) -> None:
         """Tries `first_inputs` against the model's own code.
@@ -248,18 +138,11 @@ class TextModel(ABC):
         said = self.first_inputs(tokens[0], torch.arange(4))
         error = float((computed - said).norm() / computed.norm())
         require(
-            error < max(_SAME, _ROUNDINGS * torch.finfo(computed_type).eps),
+            error < max(SAME, _ROUNDINGS * torch.finfo(computed_type).eps),
             f"{type(self.root).__name__} computes the input of its first attention in another way than "
             f"{type(self).__name__} says (relative difference {error:.1g}); {_PROVIDE}",
         )
 
-
-class _Enough(Exception):  # no error: the block that was asked for has been reached
-    """Ends a forward pass."""
-
-
-_SAME: Final = 1e-3
-"""Relative difference of float32 arithmetic; another formula is off by far more."""
 
 _ROUNDINGS: Final = 2.0
 """Units of a coarser type's precision by which its arithmetic may differ: sum and norm in bfloat16 are off by 0.5."""
@@ -268,26 +151,6 @@ _PROVIDE: Final = (
     "give the attack architecture=, a subclass of TextModel that names the token embedding, the maps of query, key and "
     "value, and what block 0's attention is given for a token at a position"
 )
-
-
-@contextmanager
-def asleep(module: nn.Module) -> Iterator[None]:
-    """Without dropout, and as it was afterwards."""
-    awake = [part for part in module.modules() if part.training]
-    for part in awake:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in awake:
-            part.training = True
-
-
-def _inside(model: nn.Module, fits: Callable[[Any], bool]) -> Any:
-    for part in model.modules():
-        if fits(part):
-            return part
-    raise LookupError
 
 
 def _standardised(rows: Tensor, norm: Any) -> Tensor:
@@ -312,7 +175,7 @@ class Encoder(TextModel):
 
     @classmethod
     def find(cls, model: nn.Module) -> Any:
-        return _inside(model, lambda part: hasattr(part, "embeddings") and cls._stack(part) is not None)
+        return inside(model, lambda part: hasattr(part, "embeddings") and cls._stack(part) is not None)
 
     @staticmethod
     def _stack(root: Any) -> Any:
@@ -381,7 +244,7 @@ class GPT2(TextModel):
 
     @classmethod
     def find(cls, model: nn.Module) -> Any:
-        return _inside(model, lambda part: all(hasattr(part, name) for name in ("wte", "wpe", "h")))
+        return inside(model, lambda part: all(hasattr(part, name) for name in ("wte", "wpe", "h")))
 
     @property
     def depth(self) -> int:
@@ -423,7 +286,7 @@ class Llama(TextModel):
             layers = getattr(part, "layers", None)
             return hasattr(part, "embed_tokens") and layers is not None and hasattr(layers[0], "input_layernorm")
 
-        return _inside(model, fits)
+        return inside(model, fits)
 
     @property
     def depth(self) -> int:
@@ -460,17 +323,4 @@ def text_model(model: nn.Module, architecture: type[TextModel] | None = None) ->
       InvalidArgument: the model is of no known kind, or computes something else than its kind; the message says what
         to provide.
     """
-    for kind in _KINDS if architecture is None else (architecture,):
-        try:
-            found = kind(model)
-        except (LookupError, AttributeError, TypeError):
-            continue
-        try:
-            found.require_as_computed()
-        except AttributeError as missing:
-            raise InvalidArgument(
-                f"{type(found.root).__name__} is no {kind.__name__}: {missing}; {_PROVIDE}"
-            ) from missing
-        return found
-    known = ", ".join(kind.__name__ for kind in _KINDS)
-    raise InvalidArgument(f"{type(model).__name__} contains no transformer of a known kind ({known}); {_PROVIDE}")
+    return recognised(model, _KINDS, architecture, _PROVIDE)

@@ -7,18 +7,17 @@ attacked wrongly.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from abc import abstractmethod
 from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
 
-from privfm.attacks.reconstruction.text_models import Block, Projection, asleep
-from privfm.checks import InvalidArgument, require
+from privfm.attacks.reconstruction.architectures import GOLDEN, SAME, Architecture, Block, inside, made_by, recognised
+from privfm.checks import require
 
 
-class VisionModel(ABC):
+class VisionModel(Architecture):
     """A vision transformer as an attack sees it. The model itself stays as it is.
 
     A variant that is not known is attacked by giving an attack a subclass of this as its `architecture`.
@@ -34,9 +33,7 @@ class VisionModel(ABC):
     heads: int
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.root = self.find(model)
-        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        super().__init__(model)
         self.heads = int(self.root.config.num_attention_heads)
         conv, (_, height, width) = self.projection, self.shape
         sizes = (conv.kernel_size, conv.stride, conv.padding)
@@ -51,15 +48,6 @@ class VisionModel(ABC):
         )
 
     # ---------------------------------------------------------------------------- what an architecture writes
-
-    @classmethod
-    @abstractmethod
-    def find(cls, model: nn.Module) -> Any:
-        """The transformer inside a model.
-
-        Raises:
-          LookupError: there is none of this kind.
-        """
 
     @property
     @abstractmethod
@@ -129,28 +117,10 @@ class VisionModel(ABC):
         """Parameter name of what is added to the tokens."""
         return self.name(self.positions)
 
-    def name(self, parameter: Tensor) -> str:
-        """A parameter's name in the whole model."""
-        return self.names[id(parameter)]
-
     def block(self, number: int) -> Block:
         """Where the attention of a block has its maps."""
         query, key, value, _ = self.attention(number)
-        return Block(self._map(query), self._map(key), self._map(value), query)
-
-    def _map(self, module: Any) -> Projection:
-        base = getattr(module, "base_layer", module)
-        adapter = next(iter(getattr(module, "lora_A", {})), None)
-        return Projection(
-            weight=self.name(base.weight),
-            bias=None if base.bias is None else self.name(base.bias),
-            first=0,
-            outputs=int(base.weight.shape[0]),
-            inputs=int(base.weight.shape[1]),
-            lora_a=None if adapter is None else self.name(module.lora_A[adapter].weight),
-            lora_b=None if adapter is None else self.name(module.lora_B[adapter].weight),
-            scaling=1.0 if adapter is None else float(module.scaling[adapter]),
-        )
+        return Block(self.map(query), self.map(key), self.map(value), query)
 
     def cut(self, images: Tensor) -> Tensor:
         """Images `(b, channels, height, width)` as patches, `(b, patches, pixels of a patch)`."""
@@ -176,26 +146,12 @@ class VisionModel(ABC):
 
     def tokens_of(self, images: Tensor) -> Tensor:
         """All tokens of images as the model's own code makes them, before any block or norm: `(b, T, d)`."""
-        seen: list[Tensor] = []
-
-        def stop(_module: nn.Module, _given: object, made: Tensor) -> None:
-            seen.append(made)
-            raise _Enough
-
-        hook = self.root.embeddings.register_forward_hook(stop)
-        try:
-            with torch.no_grad(), asleep(self.root):
-                self.root(pixel_values=images)
-        except _Enough:
-            pass
-        finally:
-            hook.remove()
-        return seen[0]
+        return made_by(self.root.embeddings, self.root, pixel_values=images)
 
     def probe(self) -> Tensor:
         """One image that is no client's, `(1, channels, height, width)`, in the weights' type."""
         weight, many = self.projection.weight, torch.tensor(self.shape).prod().item()
-        values = torch.arange(many, dtype=torch.float64).mul(_GOLDEN).remainder(1.0)
+        values = torch.arange(many, dtype=torch.float64).mul(GOLDEN).remainder(1.0)
         return values.reshape(1, *self.shape).to(weight)
 
     def require_as_computed(self) -> None:
@@ -209,33 +165,16 @@ class VisionModel(ABC):
         fits = computed.shape == said.shape
         error = float((computed - said).norm() / computed.norm()) if fits else float("inf")
         require(
-            error < _SAME,
+            error < SAME,
             f"{type(self.root).__name__} makes tokens of patches in another way than {type(self).__name__} says "
             f"(relative difference {error:.1g}); {_PROVIDE}",
         )
 
 
-class _Enough(Exception):  # no error: the tokens have been made
-    """Ends a forward pass."""
-
-
-_GOLDEN: Final = 0.6180339887498949
-"""Fractional part of the golden ratio: its multiples modulo 1 are spread evenly and do not repeat."""
-
-_SAME: Final = 1e-3
-"""Relative difference of float32 or bfloat16 arithmetic; another formula is off by far more."""
-
 _PROVIDE: Final = (
     "give the attack architecture=, a subclass of VisionModel that names the patch projection, the position embedding "
     "and the attention of a block"
 )
-
-
-def _inside(model: nn.Module, fits: Callable[[Any], bool]) -> Any:
-    for part in model.modules():
-        if fits(part):
-            return part
-    raise LookupError
 
 
 def _first(part: Any, *names: str) -> Any:
@@ -270,7 +209,7 @@ class ViT(VisionModel):
                 and (hasattr(part, "layers") or hasattr(part, "encoder"))
             )
 
-        return _inside(model, fits)
+        return inside(model, fits)
 
     @property
     def projection(self) -> nn.Conv2d:
@@ -308,7 +247,7 @@ class CLIPVision(VisionModel):
             embeddings = getattr(part, "embeddings", None)
             return hasattr(embeddings, "patch_embedding") and hasattr(embeddings, "position_embedding")
 
-        return _inside(model, fits)
+        return inside(model, fits)
 
     @property
     def projection(self) -> nn.Conv2d:
@@ -347,17 +286,4 @@ def vision_model(model: nn.Module, architecture: type[VisionModel] | None = None
       InvalidArgument: the model is of no known kind, or computes something else than its kind; the message says what
         to provide.
     """
-    for kind in _KINDS if architecture is None else (architecture,):
-        try:
-            found = kind(model)
-        except (LookupError, AttributeError, TypeError):
-            continue
-        try:
-            found.require_as_computed()
-        except AttributeError as missing:
-            raise InvalidArgument(
-                f"{type(found.root).__name__} is no {kind.__name__}: {missing}; {_PROVIDE}"
-            ) from missing
-        return found
-    known = ", ".join(kind.__name__ for kind in _KINDS)
-    raise InvalidArgument(f"{type(model).__name__} contains no transformer of a known kind ({known}); {_PROVIDE}")
+    return recognised(model, _KINDS, architecture, _PROVIDE)

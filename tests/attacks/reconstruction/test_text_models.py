@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from privfm.attacks.reconstruction.text_models import GPT2, Encoder, Llama, TextModel, asleep, text_model
+from privfm.attacks.reconstruction.architectures import asleep
+from privfm.attacks.reconstruction.text_models import GPT2, Encoder, Llama, TextModel, text_model
 from privfm.checks import InvalidArgument
 from privfm.contracts import gradients_of
 

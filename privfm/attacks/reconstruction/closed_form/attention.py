@@ -9,9 +9,9 @@ from typing import Any, Final, final
 import torch
 from torch import Generator, Tensor
 
+from privfm.attacks.reconstruction.architectures import asleep
 from privfm.attacks.reconstruction.closed_form.layers import completed
 from privfm.attacks.reconstruction.closed_form.patches import solve_known, unsent
-from privfm.attacks.reconstruction.text_models import asleep
 from privfm.attacks.reconstruction.vision_models import VisionModel, vision_model
 from privfm.checks import InvalidArgument
 from privfm.contracts import Observation, Reconstruction, ReconstructionAttack, Watch

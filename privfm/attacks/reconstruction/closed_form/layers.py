@@ -8,11 +8,9 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
-from privfm.attacks.reconstruction.text_models import asleep
+from privfm.attacks.reconstruction.architectures import GOLDEN, asleep
 from privfm.checks import InvalidArgument, nearest_if_any, require
-
-_GOLDEN: Final = 0.6180339887498949
-"""Fractional part of the golden ratio: its multiples modulo 1 are spread evenly and do not repeat."""
+from privfm.contracts import Observation
 
 _SAME: Final = 1e-4
 """Relative difference of float32 arithmetic in a normalisation of the image; another map is off by far more."""
@@ -58,7 +56,7 @@ class FirstLinear:
 def probes(model: nn.Module, shape: tuple[int, int, int]) -> Tensor:
     """A black, a white and a mixed image, `(3, channels, height, width)`, in the type of the model's weights."""
     many = int(torch.tensor(shape).prod())
-    mixed = torch.arange(1, many + 1, dtype=torch.float64).mul(_GOLDEN).remainder(1.0).reshape(shape)
+    mixed = torch.arange(1, many + 1, dtype=torch.float64).mul(GOLDEN).remainder(1.0).reshape(shape)
     like = next(model.parameters())
     return torch.stack([torch.zeros(shape), torch.ones(shape), mixed]).to(like)
 
@@ -93,6 +91,20 @@ def calls(model: nn.Module, images: Tensor) -> tuple[Call, ...]:
         for hook in hooks:
             hook.remove()
     return tuple(found.values())
+
+
+def first_linear_of(observation: Observation, layer: str = "") -> tuple[FirstLinear, tuple[int, int, int]]:
+    """`first_linear` of what a server holds, and the shape of an image that it was told.
+
+    Raises:
+      InvalidArgument: the shape is not declared; see also `first_linear`.
+    """
+    shape = observation.declared.shape
+    if shape is None:
+        raise InvalidArgument(
+            "needs the shape of an image, which is the model's input format: observation.told(shape=(1, 28, 28))"
+        )
+    return first_linear(observation.model, shape, layer), shape
 
 
 def first_linear(model: nn.Module, shape: tuple[int, int, int], layer: str = "") -> FirstLinear:

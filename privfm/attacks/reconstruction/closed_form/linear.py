@@ -9,7 +9,7 @@ from typing import Final, final
 import torch
 from torch import Generator, Tensor
 
-from privfm.attacks.reconstruction.closed_form.layers import completed, first_linear
+from privfm.attacks.reconstruction.closed_form.layers import completed, first_linear_of
 from privfm.attacks.reconstruction.linear_layer import layer_inputs, shared_input
 from privfm.checks import InvalidArgument, at_least, positive
 from privfm.contracts import Observation, Reconstruction, ReconstructionAttack, Watch
@@ -88,11 +88,9 @@ class LinearInversion(ReconstructionAttack):
         return ("shape of an image",)
 
     def refusal(self, observation: Observation) -> str:
-        if observation.declared.shape is None:
-            return "needs the shape of an image, which is the model's input format: observation.told(shape=(1, 28, 28))"
         try:
             tensors = observation.gradients
-            first = first_linear(observation.model, observation.declared.shape, self.layer)
+            first, _ = first_linear_of(observation, self.layer)
         except InvalidArgument as reason:
             return str(reason)
         for name in first.names:
@@ -110,10 +108,7 @@ class LinearInversion(ReconstructionAttack):
 
     def reconstruct(self, rounds: Sequence[Observation], watch: Watch, generator: Generator) -> Reconstruction:
         observation = rounds[0]
-        shape = observation.declared.shape
-        if shape is None:
-            raise InvalidArgument("shape=None: expected the shape of an image")
-        first = first_linear(observation.model, shape, self.layer)
+        first, shape = first_linear_of(observation, self.layer)
         weight, bias = (observation.gradients[name] for name in first.names)
         tolerance = _ROUNDING * torch.finfo(weight.dtype).eps if self.tolerance is None else self.tolerance
         weight, bias = weight.double(), bias.double()

@@ -9,7 +9,7 @@ from typing import Final, final
 import torch
 from torch import Generator, Tensor
 
-from privfm.attacks.reconstruction.closed_form.layers import FirstLinear, first_linear
+from privfm.attacks.reconstruction.closed_form.layers import FirstLinear, first_linear_of
 from privfm.attacks.reconstruction.subspace import gap_rank
 from privfm.checks import InvalidArgument, at_least
 from privfm.contracts import Observation, Reconstruction, ReconstructionAttack, Watch
@@ -71,11 +71,9 @@ class SPEAR(ReconstructionAttack):
         return ("shape of an image", "a ReLU behind the first layer")
 
     def refusal(self, observation: Observation) -> str:
-        if observation.declared.shape is None:
-            return "needs the shape of an image, which is the model's input format: observation.told(shape=(1, 28, 28))"
         try:
             tensors = observation.gradients
-            first = first_linear(observation.model, observation.declared.shape, self.layer)
+            first, _ = first_linear_of(observation, self.layer)
         except InvalidArgument as reason:
             return str(reason)
         for name in first.names:
@@ -84,10 +82,8 @@ class SPEAR(ReconstructionAttack):
         return ""
 
     def reconstruct(self, rounds: Sequence[Observation], watch: Watch, generator: Generator) -> Reconstruction:
-        observation, shape = rounds[0], rounds[0].declared.shape
-        if shape is None:
-            raise InvalidArgument("shape=None: expected the shape of an image")
-        first = first_linear(observation.model, shape, self.layer)
+        observation = rounds[0]
+        first, shape = first_linear_of(observation, self.layer)
         weight, bias = (observation.gradients[name] for name in first.names)
         spacing = float(torch.finfo(weight.dtype).eps)
         searches = [_Search(weight.double().cpu(), bias.double().cpu(), spacing**power) for power in _TOLERANCES]

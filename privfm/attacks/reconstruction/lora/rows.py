@@ -9,7 +9,8 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from privfm.attacks.reconstruction.text_models import Projection, TextModel
+from privfm.attacks.reconstruction.architectures import Projection
+from privfm.attacks.reconstruction.text_models import TextModel
 from privfm.contracts import Observation
 
 _ROUNDING: Final = 4.0

@@ -11,10 +11,10 @@ from typing import Any, Final, final
 import torch
 from torch import Generator, Tensor, nn
 
+from privfm.attacks.reconstruction.architectures import asleep
 from privfm.attacks.reconstruction.closed_form.layers import completed
 from privfm.attacks.reconstruction.malicious.fishing import bend, head_of
 from privfm.attacks.reconstruction.malicious.patch_codes import pixel_basis, position_codes
-from privfm.attacks.reconstruction.text_models import asleep
 from privfm.attacks.reconstruction.vision_models import VisionModel, vision_model
 from privfm.checks import InvalidArgument, at_least, positive, require
 from privfm.contracts import MaliciousAttack, Observation, Reconstruction, Watch

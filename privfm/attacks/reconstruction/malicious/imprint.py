@@ -10,9 +10,9 @@ from typing import Any, Final, final
 import torch
 from torch import Generator, Tensor, nn
 
+from privfm.attacks.reconstruction.architectures import asleep
 from privfm.attacks.reconstruction.closed_form.layers import calls, first_linear, probes
 from privfm.attacks.reconstruction.linear_layer import layer_inputs
-from privfm.attacks.reconstruction.text_models import asleep
 from privfm.checks import InvalidArgument, at_least, non_negative, positive, require
 from privfm.contracts import MaliciousAttack, Observation, Reconstruction, Watch
 

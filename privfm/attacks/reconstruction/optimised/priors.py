@@ -15,7 +15,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
-from privfm.attacks.reconstruction.text_models import asleep
+from privfm.attacks.reconstruction.architectures import asleep
 from privfm.checks import at_least, require
 
 _BEFORE: Final = -1

@@ -8,7 +8,8 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from privfm.attacks.reconstruction.text_models import Projection, TextModel
+from privfm.attacks.reconstruction.architectures import Projection
+from privfm.attacks.reconstruction.text_models import TextModel
 
 _TINY: Final = 1e-300
 """Keeps a head whose keys are all the same (a fresh model's zeros) from dividing by 0."""

@@ -9,9 +9,10 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
+from privfm.attacks.reconstruction.architectures import asleep
 from privfm.attacks.reconstruction.bags import input_gradients, span_under_noise
 from privfm.attacks.reconstruction.subspace import distances
-from privfm.attacks.reconstruction.text_models import TextModel, asleep
+from privfm.attacks.reconstruction.text_models import TextModel
 
 _LEAST: Final = 1e-3
 """Distance under which a text passes: in float32 true texts are under 5e-5."""

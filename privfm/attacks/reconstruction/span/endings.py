@@ -13,10 +13,11 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor, nn
 
+from privfm.attacks.reconstruction.architectures import asleep
 from privfm.attacks.reconstruction.span.layers import LayerSpan
 from privfm.attacks.reconstruction.span.prefixes import Prefix, leaves, only_repeats
 from privfm.attacks.reconstruction.target_tokens import targets_by_state
-from privfm.attacks.reconstruction.text_models import TextModel, asleep
+from privfm.attacks.reconstruction.text_models import TextModel
 from privfm.checks import InvalidArgument
 
 _LEAST_SHARE: Final = 0.05

@@ -10,8 +10,8 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
+from privfm.attacks.reconstruction.architectures import Projection
 from privfm.attacks.reconstruction.subspace import distances, gap_rank, row_space
-from privfm.attacks.reconstruction.text_models import Projection
 
 _CLEAR_GAP: Final = 10.0
 """A span is sharp if the first singular value left out is this many times under the last one kept. A gradient with as

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, final
+from typing import Final, final
 
 import torch
 from torch import Generator, Tensor
 
+from privfm.attacks.reconstruction.architectures import given_to
 from privfm.attacks.reconstruction.span.layers import LayerSpan
-from privfm.attacks.reconstruction.text_models import TextModel, asleep
+from privfm.attacks.reconstruction.text_models import TextModel
 from privfm.contracts.reconstruction import Watch
 
 Prefix = tuple[int, ...]
@@ -238,10 +239,6 @@ def only_repeats(node: Prefix) -> bool:
     return len(node) > 1 and len(set(node)) == 1
 
 
-class _Reached(Exception):  # no error: the block that was asked for has been reached
-    """Ends a forward pass."""
-
-
 def extension_inputs(text: TextModel, number: int, prefixes: Tensor, tokens: Tensor) -> Tensor:
     """What a block's attention is given at the last position of every prefix continued by every token, `(n, k, d)`.
 
@@ -261,25 +258,14 @@ def extension_inputs(text: TextModel, number: int, prefixes: Tensor, tokens: Ten
     weight = text.embedding.weight
     mask = torch.zeros(sees.shape, dtype=weight.dtype).masked_fill(~sees, torch.finfo(weight.dtype).min)
     places = torch.cat([torch.arange(length), torch.full((tried,), length)])
-    seen: list[Tensor] = []
-
-    def stop(_: Any, given: tuple[Tensor, ...]) -> None:
-        seen.append(given[0])
-        raise _Reached
-
-    hook = text.block(number).module.register_forward_pre_hook(stop)
-    try:
-        with torch.no_grad(), asleep(text.root):
-            text.root(
-                input_ids=rows.to(text.device),
-                attention_mask=mask[None, None].expand(count, 1, -1, -1).to(text.device),
-                position_ids=places.expand(count, -1).to(text.device),
-            )
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
-    return seen[0][:, length:].cpu()
+    found = given_to(
+        text.block(number).module,
+        text.root,
+        input_ids=rows.to(text.device),
+        attention_mask=mask[None, None].expand(count, 1, -1, -1).to(text.device),
+        position_ids=places.expand(count, -1).to(text.device),
+    )
+    return found[:, length:].cpu()
 
 
 def one_by_one(text: TextModel, number: int, prefixes: Tensor, tokens: Tensor) -> Tensor:
