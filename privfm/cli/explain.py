@@ -22,6 +22,8 @@ PUBLIC_MODULES = (
     "privfm.defenses",
     "privfm.defenses.channels",
     "privfm.attacks",
+    "privfm.attacks.audit",
+    "privfm.attacks.membership",
     "privfm.attacks.reconstruction",
     "privfm.learning",
     "privfm.federation",

@@ -245,6 +245,10 @@ class ServerScene:
       change: examples of a client -> how it trains on them; None where the server cannot say.
       examples: a client's own; nothing but a score, or what the server is told of them, may depend on it.
       special: token ids that every text has (padding, start, end): no score counts them.
+      clients: in the population, numbered from 0.
+      strangers: examples of the same kind that nobody trains on; None: there are none.
+      losses: a loaded module and examples -> the loss of each, `(b,)`, as clients minimise it; None: not told.
+      adapters: where the factors of low-rank adapters are; None where there are none.
     """
 
     load: Callable[[Tensor], nn.Module]
@@ -252,6 +256,10 @@ class ServerScene:
     change: Callable[[int], LocalSteps | None]
     examples: Callable[[int], Examples]
     special: frozenset[int] = frozenset()
+    clients: int = 0
+    strangers: Examples | None = None
+    losses: Callable[[nn.Module, Examples], Tensor] | None = None
+    adapters: AdapterLayout | None = None
 
 
 class ServerAttack(ABC):

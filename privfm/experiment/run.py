@@ -134,7 +134,10 @@ def prepare(config: RunConfig, seed: int, folder: Path | None = None) -> Federat
         public = PublicModel(len(dealt.table.label_names), bench.built.tokenize, learner.adapters)
         arm = replace(arm, attack=arm.attack.fitted(public))
     if arm.server_attack is not None:
-        arm = replace(arm, server_attack=arm.server_attack.fitted(_scene(bench, clients, config.training)))
+        arm = replace(
+            arm,
+            server_attack=arm.server_attack.fitted(_scene(bench, clients, config.training, dealt.splits["holdout"])),
+        )
     seeds = Seeds(seed)
     if arm.audit is not None:
         scene = _canary_scene(bench, learner, dealt)
@@ -145,10 +148,18 @@ def prepare(config: RunConfig, seed: int, folder: Path | None = None) -> Federat
     return Federation(arm, learner, clients, seeds, engine, config.strict, root)
 
 
-def _scene(bench: Workbench, clients: Population, training: LocalTraining) -> ServerScene:
+def _scene(bench: Workbench, clients: Population, training: LocalTraining, strangers: Tensor) -> ServerScene:
     """What a server knows of the run, and what a curious one is scored with."""
     return ServerScene(
-        bench.load, bench.layout, training.local_steps, clients.examples, special_tokens(bench.everything)
+        bench.load,
+        bench.layout,
+        training.local_steps,
+        clients.examples,
+        special_tokens(bench.everything),
+        clients.size,
+        bench.everything.take(strangers),
+        lambda module, examples: bench.losses(examples),
+        bench.adapters,
     )
 
 

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from privfm.attacks.audit.gaussian import gaussian_epsilon
 from privfm.attacks.audit.statements import Bound
+from privfm.attacks.rates import upper_rate
 from privfm.checks import at_least, fraction, require
 
 _INDEPENDENT = "scores are independent of one another: one run each, or canaries that do not touch each other"
@@ -177,20 +178,6 @@ def bound_of(counts: Counts, delta: float, error: float, *, gaussian: bool = Fal
         fraction("delta", delta, one=False)
         return gaussian_epsilon(max(0.0, float(-ndtri(alarms) - ndtri(misses))), delta)
     return max(0.0, _log_ratio(1 - delta - misses, alarms), _log_ratio(1 - delta - alarms, misses))
-
-
-def upper_rate(found: int, of: int, error: float) -> float:
-    """Clopper-Pearson upper bound of a rate of which `found` of `of` were seen, wrong with probability `error`.
-
-    >>> round(upper_rate(0, 100, 0.05), 4)
-    0.0295
-    """
-    from scipy.special import betaincinv
-
-    at_least("of", of, 1)
-    require(0 <= found <= of, f"found={found}: expected between 0 and of={of}")
-    fraction("error", error, one=False)
-    return 1.0 if found == of else float(betaincinv(found + 1, of - found, 1 - error))
 
 
 def _counts(inside: NDArray[np.float64], outside: NDArray[np.float64], threshold: float) -> Counts:

@@ -14,6 +14,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from privfm.attacks.rates import lower_rate, upper_rate
 from privfm.checks import at_least, fraction, require
 from privfm.contracts.membership import Array, Flags, Scored
 
@@ -260,13 +261,8 @@ def clopper_pearson(successes: int, trials: int, confidence: float = CONFIDENCE)
 
     Source: Clopper and Pearson, "The use of confidence or fiducial limits", 1934.
     """
-    from scipy.special import betaincinv
-
-    at_least("trials", trials, 1)
-    require(0 <= successes <= trials, f"successes={successes}: expected 0 to {trials}")
     tail = (1 - confidence) / 2
-    low = 0.0 if successes == 0 else float(betaincinv(successes, trials - successes + 1, tail))
-    high = 1.0 if successes == trials else float(betaincinv(successes + 1, trials - successes, 1 - tail))
+    low, high = lower_rate(successes, trials, tail), upper_rate(successes, trials, tail)
     return Interval(successes / trials, low, high)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privfm.attacks.membership.skew_normal import SkewNormal
+from privfm.attacks.rates import lower_rate, upper_rate
 from privfm.checks import at_least, require
 
 Array = NDArray[np.float64]
@@ -232,13 +233,10 @@ def exposure_by_sampling(
 
 def _counted(canary: float, others: Array, space: int) -> Exposure:
     """By counting the references that are as likely as the secret."""
-    from scipy.stats import beta
-
     m, likely = len(others), int((others <= canary).sum())
     tail = (1 - _CONFIDENCE) / 2
     # The share of all *other* secrets that are as likely; the secret itself is one more of the space.
-    least = 0.0 if likely == 0 else float(beta.ppf(tail, likely, m - likely + 1))
-    most = 1.0 if likely == m else float(beta.ppf(1 - tail, likely + 1, m - likely))
+    least, most = lower_rate(likely, m, tail), upper_rate(likely, m, tail)
     low, high = (log2(space) - log2(1 + share * (space - 1)) for share in (most, least))
     return Exposure(-log2((1 + likely) / (1 + m)), low, high, log2(1 + m), space, m)
 

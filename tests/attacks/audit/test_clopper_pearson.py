@@ -12,9 +12,9 @@ from privfm.attacks.audit.clopper_pearson import (
     SplitThreshold,
     bound_of,
     clopper_pearson,
-    upper_rate,
 )
 from privfm.attacks.audit.gaussian import gaussian_epsilon
+from privfm.attacks.rates import lower_rate, upper_rate
 from privfm.checks import InvalidArgument
 
 DELTA = 1e-5
@@ -36,6 +36,8 @@ def test_upper_rate_against_scipys_interval():
         assert upper_rate(found, of, 0.025) == pytest.approx(expected, rel=1e-9)
     assert upper_rate(0, 200, 0.05) == pytest.approx(1 - 0.05 ** (1 / 200), rel=1e-12)
     assert upper_rate(10, 10, 0.05) == 1.0
+    assert lower_rate(0, 10, 0.05) == 0.0
+    assert lower_rate(7, 10, 0.05) == pytest.approx(binomtest(7, 10).proportion_ci(0.9, "exact").low, rel=1e-9)
 
 
 def test_bound_by_hand_in_both_directions_and_with_delta():

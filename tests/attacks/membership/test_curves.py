@@ -191,7 +191,7 @@ def test_clopper_pearson_has_its_published_ends() -> None:
         expected = binomtest(right, trials).proportion_ci(0.95, "exact")
         found = clopper_pearson(right, trials)
         assert (found.low, found.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
-    with pytest.raises(InvalidArgument, match="successes"):
+    with pytest.raises(InvalidArgument, match="found"):
         clopper_pearson(3, 2)
 
 
