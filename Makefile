@@ -20,12 +20,13 @@ demo: $(STAMP) ## the trade-off of privacy, robustness and utility on a real mod
 test: $(STAMP) ## all tests; linter, types and import contracts run among them
 	$(RUN) pytest -n 2 --dist worksteal
 
-bench: .venv-bench/.installed $(STAMP) ## aggregation, private steps, many clients, encryption and reconstruction beside others
+bench: .venv-bench/.installed $(STAMP) ## aggregation, private steps, many clients, encryption, reconstruction and shadow adapters beside others
 	.venv-bench/bin/python -m benchmarks.aggregation
 	.venv-bench/bin/python -m benchmarks.private_step
 	.venv-bench/bin/python -m benchmarks.clients
 	$(RUN) benchmarks.encryption
 	$(RUN) benchmarks.reconstruction
+	$(RUN) benchmarks.shadow
 
 lint: $(STAMP) ## linter, formatting and import contracts only
 	$(RUN) ruff check .

@@ -13,6 +13,7 @@ from privfm.learning.models import (
 )
 from privfm.learning.one_step import OneStep
 from privfm.learning.partitions import IID, Dirichlet, Natural, Shards, Sorted
+from privfm.learning.shadows import ShadowAdapters, logits_of, signals_of, token_log_probabilities_of, train_shadows
 from privfm.learning.soteria import Soteria
 from privfm.learning.sources import Digits, ImageArrays, ImageData, TextData
 from privfm.learning.splits import SplitShares, split
@@ -21,17 +22,15 @@ from privfm.learning.training import SGD, AdamW, OwnTraining, Schedule
 from privfm.learning.workbench import Workbench
 
 __all__ = [
-    "IA3",
-    "BitFit",
-    "PromptTuning",
-    "IID",
-    "SGD",
     "AdamW",
+    "BitFit",
     "CausalLM",
     "CausalLanguageModel",
     "Digits",
     "Dirichlet",
     "Docstrings",
+    "IA3",
+    "IID",
     "ImageArrays",
     "ImageClassification",
     "ImageData",
@@ -42,17 +41,24 @@ __all__ = [
     "OneStep",
     "OwnTraining",
     "PlainCNN",
+    "PromptTuning",
+    "SGD",
     "Schedule",
     "SequenceClassification",
     "SequenceClassifier",
+    "ShadowAdapters",
     "Shards",
     "SmallCNN",
-    "Soteria",
     "Sorted",
+    "Soteria",
     "SplitShares",
     "TextData",
     "VisionTransformer",
     "WholeModel",
     "Workbench",
+    "logits_of",
+    "signals_of",
     "split",
+    "token_log_probabilities_of",
+    "train_shadows",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, final
@@ -102,7 +102,7 @@ class BatchedDescent:
 
     Clients are sorted by their number of steps, so that those who still train are the first rows of every matrix:
     weights, gradients and the optimizer's state. A step goes through the model in passes of at most `tokens` real
-    tokens, and a client's batch may begin in one pass and end in the next.
+    tokens; a client's batch begins in one pass and ends in the next where it fits into none.
 
     A client's update does not depend on the others but for rounding: float32 sums of a matrix product depend on its
     size. Alone it is the same to the last bit every time.
@@ -144,16 +144,22 @@ class BatchedDescent:
         self, model: Tensor, batch: Sequence[Examples], generators: Sequence[Generator], training: Descent, *,
         privacy: GradientPrivacy | None = None, active: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """`model (d,)` and k clients' examples -> `(k, d)` updates. Arguments as of `Learner.train`."""
+        """`model (d,)` and k clients' examples -> `(k, d)` updates. Arguments as of `Learner.train`.
+
+        `model (k, d)` gives every client a start of its own.
+        """
+        require(model.ndim == 1 or len(model) == len(batch), f"model {tuple(model.shape)}: expected {len(batch)} rows")
         clients = [
             self._client(place, examples, generator, training, privacy)
             for place, (examples, generator) in enumerate(zip(batch, generators, strict=True))
         ]
         clients.sort(key=lambda client: -len(client.batches))
-        start = model.to(self._bench.device, self._dtype)
+        order = [client.place for client in clients]
+        start = model[order] if model.ndim == 2 else model.expand(len(clients), -1)
+        start = start.to(self._bench.device, self._dtype)
         kept = None if active is None else ~active.to(start.device)
         terms = _Terms(clients, self._wanted(active), kept, privacy)
-        weights = start.repeat(len(clients), 1)
+        weights = start.clone(memory_format=torch.contiguous_format)
         state = training.stacked(weights)
         with self._lent():
             for now in range(max((len(client.batches) for client in clients), default=0)):
@@ -164,12 +170,12 @@ class BatchedDescent:
                     gradients = privacy.noised(gradients, held, [generators[client.place] for client in clients[:k]])
                 training.step(weights, gradients, state, now)
                 if kept is not None:
-                    weights[:k] = torch.where(kept, start, weights[:k])
+                    weights[:k] = torch.where(kept, start[:k], weights[:k])
         if privacy is not None:
-            for client, row in zip(clients, weights, strict=True):
-                check_moved(start, row, client.batches)
+            for client, begin, row in zip(clients, start, weights, strict=True):
+                check_moved(begin, row, client.batches)
         rows = torch.empty(weights.shape, dtype=torch.float32)
-        rows[[client.place for client in clients]] = (weights - start).float().cpu()
+        rows[order] = (weights - start).float().cpu()
         return rows
 
     def gradients(self, weights: Tensor, batch: Sequence[Examples]) -> Tensor:
@@ -184,6 +190,39 @@ class BatchedDescent:
         with self._lent():
             for rows in self._passes(terms, 0, private=True):
                 found[[begins[row.client] + row.example for row in rows]] = self._pass(terms, weights, 0, rows, None)[1]
+        return found
+
+    def read(self, weights: Tensor, examples: Examples, score: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """What k clients' weights `(k, d)` make of all examples: `score` of each, `(k, n, ...)`, on the CPU.
+
+        A pass holds as many examples of like length as fit; what is the same for all clients is gathered once.
+
+        Args:
+          weights: of the clients.
+          examples: n of them, the same for every client.
+          score: `(logits (b, ...), labels (b, ...)) -> (b, ...)`, cut to the longest example of the pass; what comes
+            after b is of the same shape in every pass. Logits are never kept.
+        """
+        lengths = self._lengths(examples)
+        order = torch.tensor(lengths).argsort(stable=True)
+        terms = _Terms([_Client(0, examples, lengths, [order], 0)], frozenset(), None, None)
+        weights = weights.to(self._bench.device, self._dtype)
+        found: Tensor | None = None
+        with self._lent(), torch.no_grad():
+            for rows in self._passes(terms, 0, private=False):
+                batch, packing, known = self._opened(terms, rows)
+                labels, alone = batch.labels.to(weights.device), torch.zeros(len(rows), dtype=torch.int64)
+                places = torch.tensor([row.example for row in rows])
+                for place, own in enumerate(weights):
+                    run = Pass(self._bench.layout, own[None], alone.to(own.device), packing, wanted=terms.wanted)
+                    run.known = known
+                    with self._at_work(run):
+                        part = score(self._logits(batch), labels).cpu()
+                    if found is None:
+                        found = part.new_empty(len(weights), len(examples), *part.shape[1:])
+                    found[place, places] = part
+        if found is None:
+            raise InvalidArgument("nothing to read: expected at least one client and one example")
         return found
 
     def _client(
@@ -241,6 +280,10 @@ class BatchedDescent:
         for place, client in enumerate(terms.clients):
             if len(client.batches) <= now:
                 break
+            whole = sum(client.lengths[example] for example in client.batches[now].tolist())
+            if part and used + whole > self._tokens >= whole:  # rather than cut it in two
+                yield terms.by_length(part)
+                part, used = [], 0
             for position, example in enumerate(client.batches[now].tolist()):
                 length = client.lengths[example]
                 if part and (used + length > self._tokens or len(part) >= most):
@@ -258,47 +301,63 @@ class BatchedDescent:
 
         Without `scale`, by which losses are weighted, it is the gradient of every example's own loss, `(rows, d)`.
         """
-        bench, device = self._bench, weights.device
+        device = weights.device
         first, last = min(row.client for row in rows), max(row.client for row in rows)
         of = torch.tensor([row.client for row in rows])
-        examples = _gathered(rows, terms.clients)
-        lengths = torch.tensor([terms.length(row) for row in rows])
-        packing = Packing(lengths.to(device), int(lengths.max()))
+        examples, packing, known = self._opened(terms, rows)
         keys = None
         if self._dropout:
             steps = torch.tensor([client.key for client in terms.clients])[of]
             keys = split(split(steps, now), torch.tensor([row.position for row in rows])).to(device)
         run = Pass(
-            bench.layout, weights[first : last + 1], (of - first).to(device), packing,
+            self._bench.layout, weights[first : last + 1], (of - first).to(device), packing,
             wanted=terms.wanted, private=scale is None, keys=keys,
         )  # fmt: skip
-        if self._known and examples.rows is not None:
-            padded = bench.activations.batch(examples.rows, packing.width).to(device)
-            run.known = packing.pack(padded.to(self._frozen_dtype))
+        run.known = known
         self._forward_backward(run, examples, torch.ones(len(rows)) if scale is None else scale)
         return first, run.gradients
 
+    def _opened(self, terms: _Terms, rows: list[_Row]) -> tuple[Examples, Packing, Tensor | None]:
+        """The examples of some rows as one batch, how their tokens are packed, and what is known of them."""
+        bench, examples = self._bench, _gathered(rows, terms.clients)
+        lengths = torch.tensor([terms.length(row) for row in rows])
+        packing = Packing(lengths.to(bench.device), int(lengths.max()))
+        if not self._known or examples.rows is None:
+            return examples, packing, None
+        padded = bench.activations.batch(examples.rows, packing.width).to(bench.device)
+        return examples, packing, packing.pack(padded.to(self._frozen_dtype))
+
     def _forward_backward(self, run: Pass, examples: Examples, scale: Tensor) -> None:
         """Fills in a pass's gradients of `sum(scale * losses)`."""
-        bench, width = self._bench, run.packing.width
-        inputs = {name: value.to(bench.device, non_blocking=True) for name, value in examples.inputs.items()}
-        labels = examples.labels.to(bench.device, non_blocking=True)
-        self._now, token = run, running.set(run.attention)
-        try:
-            kind = bench.device.type
-            with torch.autocast(kind, self._autocast or torch.bfloat16, enabled=self._autocast is not None):
-                output: Any = bench.module(**inputs)
-            losses = bench.task.losses(getattr(output, "logits", output), labels)
+        labels = examples.labels.to(self._bench.device, non_blocking=True)
+        with self._at_work(run):
+            losses = self._bench.task.losses(self._logits(examples), labels)
             require(losses.requires_grad, "the loss reaches nothing that is trained")
             (losses * scale.to(losses)).sum().backward(inputs=[run.anchor])  # type: ignore[no-untyped-call]
+        missing = sorted(set(run.into) - run.written)
+        require(not missing, f"no gradient of {', '.join(missing[:3])}: the loss does not reach it")
+
+    def _logits(self, examples: Examples) -> Tensor:
+        """What the model says under the running pass."""
+        kind = self._bench.device.type
+        inputs = {name: value.to(self._bench.device, non_blocking=True) for name, value in examples.inputs.items()}
+        with torch.autocast(kind, self._autocast or torch.bfloat16, enabled=self._autocast is not None):
+            output: Any = self._bench.module(**inputs)
+        logits: Tensor = getattr(output, "logits", output)
+        return logits
+
+    @contextmanager
+    def _at_work(self, run: Pass) -> Iterator[None]:
+        """A pass runs until the context ends; then every block must have attended over its tokens."""
+        self._now, token = run, running.set(run.attention)
+        try:
+            yield
         finally:
             running.reset(token)
             self._now = None
-        expected = len(bench.built.layers) if run.known is None else self._attentions
+        expected, width = len(self._bench.built.layers) if run.known is None else self._attentions, run.packing.width
         if run.attention.calls != expected:
             raise InvalidArgument(f"{run.attention.calls} of {expected} blocks attend over packed tokens of {width}")
-        missing = sorted(set(run.into) - run.written)
-        require(not missing, f"no gradient of {', '.join(missing[:3])}: the loss does not reach it")
 
     def _running(self) -> Pass:
         if self._now is None:
