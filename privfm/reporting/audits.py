@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from math import inf
 from typing import Any
@@ -22,6 +23,34 @@ def audits(experiment: Experiment) -> Iterator[tuple[ArmResult, int, Mapping[str
                 yield arm, seed, summary["audit"]
 
 
+def audit_answer(experiment: Experiment) -> str:
+    """Whose claim is contradicted, and how much of the others' is certified, in sentences; empty without audits."""
+    found = list(audits(experiment))
+    if not found:
+        return ""
+    wrong = [(arm.title, str(audit["alarm"])) for arm, _, audit in found if audit["alarm"]]
+    rest = [(float(audit["ratio"]), arm.title) for arm, _, audit in found if not audit["alarm"] and audit["ratio"]]
+    runs = f"{len(found)} audited run{'' if len(found) == 1 else 's'}"
+    text = f"Nothing contradicts what is claimed of {runs}."
+    if wrong:
+        cases = dict.fromkeys(f"{title} ({alarm})" for title, alarm in wrong)
+        text = f"The claim is contradicted in {len(wrong)} of {runs}: {'; '.join(cases)}."
+    if rest:
+        share, title = max(rest)
+        text += f" Elsewhere at most {share:.2f} of the claim is certified ({title})."
+    return text
+
+
+def all_audited(experiment: Experiment) -> bool:
+    """Whether every finished arm is audited: then audits are what the experiment is about."""
+    return {arm.arm.name for arm, _, _ in audits(experiment)} == {arm.arm.name for arm in experiment.finished}
+
+
+def contradicted(experiment: Experiment) -> tuple[str, ...]:
+    """Titles of private arms of whose runs an audit contradicts the claim."""
+    return tuple(dict.fromkeys(arm.title for arm, _, audit in audits(experiment) if audit["alarm"] and arm.epsilon))
+
+
 def audit_table(experiment: Experiment) -> ReportTable | None:
     """One row an audited run; None where there is none."""
     found = list(audits(experiment))
@@ -36,8 +65,8 @@ def audit_table(experiment: Experiment) -> ReportTable | None:
         Column("estimate (95 %), no bound", "estimate", "audit.estimate.epsilon"),
         Column("at most provable", "ceiling", "audit.bound.ceiling"),
         Column("canaries (in)", "canaries", "audit.count"),
-        Column("by", "by", "audit.bound.method"),
-        Column("contradicts the claim", "alarm", "audit.alarm"),
+        Column("method: right guesses", "method", "audit.bound.method"),
+        Column("contradicted by", "alarm", "audit.alarm"),
     )
     rows = tuple(
         TableRow(arm.arm.group, (f"{arm.title}, seed {seed}" if several else arm.title, *_cells(audit)))
@@ -111,9 +140,15 @@ def _cells(audit: Mapping[str, Any]) -> tuple[str, ...]:
         else f"{_epsilon(estimate['epsilon'])} ({_epsilon(estimate['low'])} to {_epsilon(estimate['high'])})",
         _epsilon(bound["ceiling"]),
         f"{audit['count']:,} {audit['canaries']} ({audit['included']:,})",
-        f"{bound['method']}, {bound['correct']:,} of {bound['guesses']:,} right",
-        audit["alarm"] or "nothing",
+        f"{bound['method']}: {bound['correct']:,} of {bound['guesses']:,}",
+        _contradicting(str(audit["alarm"])),
     )
+
+
+def _contradicting(alarm: str) -> str:
+    """What stands in an alarm, without its numbers, which other columns and the table of checks have."""
+    named = [re.sub(r" \S+, claimed .*$", "", part) for part in alarm.split("; ")]
+    return ", ".join("bound" if name == "epsilon is at least" else name for name in named) or "nothing"
 
 
 def _epsilon(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The figures people look for: utility by round, privacy against utility, epsilon by round, attacks, cost.
+"""The figures people look for: utility by round, privacy against utility, epsilon by round, audits, attacks, cost.
 
 Each is a list of panels as wide as a phone. One whose data is missing has no panels and says why.
 """
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
+from privfm.reporting.audit_figures import audit_panels, audit_points
 from privfm.reporting.drawing import Panel, drawing_style
 from privfm.reporting.formats import bytes_text, seconds_text
 from privfm.reporting.noise_lines import NoiseLine, by_unit, noise_lines
@@ -41,7 +42,7 @@ class FigureBlock:
 
 def all_figures(experiment: Experiment) -> tuple[FigureBlock, ...]:
     """The figures, in the order of the page."""
-    figures = (utility_by_round, privacy_utility, epsilon_by_round, attack_against_defense, cost)
+    figures = (utility_by_round, privacy_utility, epsilon_by_round, claimed_and_audited, attack_against_defense, cost)
     return tuple(figure(experiment) for figure in figures)
 
 
@@ -119,6 +120,23 @@ def epsilon_by_round(experiment: Experiment) -> FigureBlock:
 def _named(curves: Mapping[Curve, Sequence[str]]) -> list[tuple[str, Curve]]:
     """Curves with the titles of their arms; where several arms share one, with their number."""
     return [(titles[0] if len(titles) == 1 else f"({len(titles)} arms)", curve) for curve, titles in curves.items()]
+
+
+def claimed_and_audited(experiment: Experiment) -> FigureBlock:
+    """Epsilon certified and estimated against epsilon claimed, a panel a group of audited runs."""
+    name, title = "audit", "Claimed and audited epsilon"
+    points = audit_points(experiment)
+    if not points:
+        return FigureBlock(name, title, "", (), (), "no finished run was audited")
+    with drawing_style():
+        panels = audit_panels(points)
+    methods = ", ".join(dict.fromkeys(point.method for point in points))
+    caption = (
+        f"Filled: certified ({methods}). Hollow, with its 95 % interval: estimated, no bound. Short line: the most "
+        "that could be certified. Dotted: the claim; a filled point above it contradicts it. A red cross: the claim is "
+        "contradicted, by the bound or by a check of the mechanism."
+    )
+    return FigureBlock(name, title, caption, ("audit",), panels)
 
 
 def attack_against_defense(experiment: Experiment) -> FigureBlock:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from privfm.files import writable, write_atomically
-from privfm.reporting.answers import answers
+from privfm.reporting.answers import Answer, answers
+from privfm.reporting.audits import all_audited, audit_answer, contradicted
 from privfm.reporting.export import Visibility, everything_private, visibility_of
 from privfm.reporting.figures import all_figures
 from privfm.reporting.summary import Experiment
@@ -47,7 +48,8 @@ def render_page(experiment: Experiment, visibility: Visibility = everything_priv
     return rendered(
         "page.html",
         index=experiment.index,
-        answers=answers(experiment),
+        answers=_answers(experiment),
+        contradicted=contradicted(experiment),
         tables=tables_of(experiment),
         figures=all_figures(experiment),
         attacks=_attack_knowledge(experiment),
@@ -57,6 +59,15 @@ def render_page(experiment: Experiment, visibility: Visibility = everything_priv
         one_seed=len(experiment.index.seeds) == 1,
         unbroken=_unbroken,
     )
+
+
+def _answers(experiment: Experiment) -> tuple[Answer, ...]:
+    """What the page says first. Where every arm is audited, accuracy under plans and canaries is no answer."""
+    audit = audit_answer(experiment)
+    if not audit:
+        return answers(experiment)
+    others = () if all_audited(experiment) else answers(experiment)
+    return (Answer("Do audits contradict a claim?", audit), *others)
 
 
 def _unbroken(text: str) -> str:
