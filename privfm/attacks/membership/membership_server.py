@@ -89,7 +89,7 @@ class MembershipServer(ServerAttack):
       each: examples of each of them, at most.
       strangers: examples that nobody trains on, from the holdout split.
       rounds: in which it looks, from 0; None: in all.
-      fedmia: how rounds are compared and combined.
+      fedmia: how rounds are compared and combined; None: as published.
       block: gradients held at once.
     """
 
@@ -97,7 +97,7 @@ class MembershipServer(ServerAttack):
     each: int = 4
     strangers: int = 100
     rounds: tuple[int, ...] | None = None
-    fedmia: FedMIA = FedMIA()
+    fedmia: FedMIA | None = None
     block: int = 64
 
     def __post_init__(self) -> None:
