@@ -73,18 +73,18 @@ MODEL_EPSILON = 8.0
 MISTAKEN_EPSILON = 4.0
 """Claimed where something is wrong."""
 
-STEPS = 4
-"""Local steps of a canary that trains, about as many as a client makes: 63 sentences in batches of 16."""
+STEPS = 2
+"""Local steps of a canary that trains, as many as a client makes: 24 sentences in batches of 16."""
 
 FEW_GHOSTS = 300
-"""Ghosts behind masks, where each costs a hundred times what it does in the clear; a shift of ten clips is far more
-than they need."""
+"""Ghosts behind masks, where each costs some five times what it does in the clear (12 ms against 2.3 a round): enough
+to show a shift of ten clips beyond doubt."""
 
 FEW_ROUNDS = 5
 """Behind masks."""
 
-CAP = 64
-"""Examples that count, where clients are weighted by them: about what a client has."""
+CAP = 32
+"""Examples that count, where clients are weighted by them: somewhat more than a client has."""
 
 NOTES = (
     "One run an arm. At least: certified, at 95 % confidence. The estimate is none: it leans on what is said under the "
@@ -96,7 +96,7 @@ NOTES = (
     "is claimed, and what is certified is what one run of this training gives away.",
     "Mistakes: the plan that is played is not the one that is claimed. Halved noise: half the standard deviation. "
     "Forgotten clip: clients, and canaries of ten clips, send what they have; weights by size: they are multiplied by "
-    "their number of examples over 64, and 640 are declared for a canary. Both are behind masks: a server that opens "
+    "their number of examples over 32, and 320 are declared for a canary. Both are behind masks: a server that opens "
     "rows clips them again, and neither does harm. Fixed cohort: a tenth of all, accounted as Poisson. The recorded "
     "configuration of a forgotten clip and of weights by size shows the claim, from which they differ by their code.",
     "Nothing was tuned for accuracy: it is not what is asked. Canaries in the model lower it.",
@@ -158,7 +158,7 @@ def main(
     canaries_in_model: int = 128,
     rounds: int = 20,
     clients: int = 100,
-    sentences: int = 9000,
+    sentences: int = 4000,
     seeds: tuple[int, ...] = (0,),
     device: str = "cpu",
     out: Path = Path("runs/audit"),
@@ -198,7 +198,7 @@ def main(
 
 
 def setting(size: Size, sentences: int, device: str) -> RunConfig:
-    """What all arms share. A tenth of the sentences is held out: gradients and wrong labels are made from them."""
+    """What all arms share. A fifth of the sentences is held out: gradients and wrong labels are made from them."""
     return RunConfig(
         data=Docstrings(limit=sentences),
         model=SequenceClassifier("minilm", adapter=LoRA(rank=8, alpha=16.0, layers=(4, 5)), max_length=32),
@@ -209,7 +209,7 @@ def setting(size: Size, sentences: int, device: str) -> RunConfig:
         channel=Plaintext(),
         optimizer=Average(),
         rounds=size.rounds,
-        splits=SplitShares(validation=0.1, test=0.1, holdout=0.1),
+        splits=SplitShares(validation=0.1, test=0.1, holdout=0.2),
         evaluate_every=size.rounds,
         checkpoint_every=5,
         clients_per_batch=256,
@@ -288,8 +288,8 @@ def mistakes(base: RunConfig, size: Size) -> Iterator[ArmSpec]:
         masked,
         few,
         (
-            ("control-masks", "Control: masks, nothing forgotten", "Controls", plain, plain),
-            ("control-weights", "Control: masks, capped weights", "Controls", weighted, weighted),
+            ("control-masks", "Control: masks, nothing forgotten", "Controls", plain, None),
+            ("control-weights", "Control: masks, capped weights", "Controls", weighted, None),
             ("forgotten-clip", "Forgotten clip", group, lying(ForgottenClip, plain), plain),
             ("weights-by-size", "Weights by size", group, lying(WeightsBySize, weighted), weighted),
         ),
@@ -301,9 +301,9 @@ RANGE, BITS = 8.0, 20
 
 
 def _behind_masks(
-    base: RunConfig, canaries: Canaries, arms: Iterable[tuple[str, str, str, DPPlan, DPPlan]]
+    base: RunConfig, canaries: Canaries, arms: Iterable[tuple[str, str, str, DPPlan, DPPlan | None]]
 ) -> Iterator[ArmSpec]:
-    """Arms of `(name, title, group, played, claimed)`."""
+    """Arms of `(name, title, group, played, claimed)`; None: what is played is claimed."""
     for name, title, group, played, claimed in arms:
         yield ArmSpec(name, title, group, replace(base, plan=played, audit=Audit(canaries, claimed=claimed)))
 

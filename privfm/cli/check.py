@@ -10,6 +10,7 @@ from typing import Any, final
 
 import torch
 
+from privfm.attacks.audit import ceiling
 from privfm.attacks.reconstruction import LeakageBudget
 from privfm.checks import InvalidArgument, RoundFailed
 from privfm.cli.errors import DONE, REFUSED, say
@@ -22,6 +23,7 @@ from privfm.engines import Local
 from privfm.experiment import RunConfig, arm_of, deal
 from privfm.experiment.run import AccountedFacts, affordable_rounds
 from privfm.federation import Arm, problems
+from privfm.federation.canaries import Audit
 from privfm.federation.compatibility import table
 from privfm.federation.rehearsal import Rehearsal
 from privfm.learning import ModelLearner, Workbench
@@ -144,6 +146,8 @@ def _sizes(outline: Outline, measurable: bool) -> Iterator[tuple[str, str]]:
     yield "clients", f"{clients:,}, of them malicious: {len(arm.malicious):,}"
     ends = "" if outline.rounds == outline.asked else f" of {outline.asked}: then the budget is spent"
     yield "cohort", f"{expected:g} expected, {largest:,} at most, a round; {outline.rounds} rounds{ends}"
+    if arm.audit is not None:
+        yield "audit", _audit(arm.audit, expected / clients)
     yield "smallest cohort", _smallest_cohort(arm)
     up: float | None = None
     if measurable:
@@ -162,6 +166,17 @@ def _sizes(outline: Outline, measurable: bool) -> Iterator[tuple[str, str]]:
     attack = arm.attack
     if isinstance(attack, UpdateAttack) and attack.needs is Knows.ROWS:
         yield "attack's memory", f"{bytes_text(4.0 * largest * d)}: it is granted every honest update of a round"
+
+
+def _audit(audit: Audit, rate: float) -> str:
+    """What canaries cost, and what they can show at most."""
+    canaries = audit.canaries
+    name, most = type(canaries).__name__, ceiling(canaries.count, audit.confidence)
+    cost = f"{canaries.columns:,} columns more in every update, no accuracy" if canaries.ghost else "some accuracy"
+    return (
+        f"{canaries.count:,} {name}, about {rate * canaries.count / 2:,.0f} in a round; {cost}; with every guess right "
+        f"they would certify epsilon {most:.3g} at {audit.confidence:.0%}, and no more"
+    )
 
 
 def _smallest_cohort(arm: Arm) -> str:
@@ -206,6 +221,7 @@ def measured_bytes(arm: Arm, d: int, clients: int = 2) -> tuple[float, float, bo
       RoundFailed: the protocol does not finish with so many.
     """
     whole = d + 1 if arm.plan is not None and arm.plan.adaptive else d  # a share of the count travels with the row
+    whole += arm.ghosts
     width = min(whole, LARGEST_MEASURED)
     least = max(2, arm.wire.least_clients)
     many = max(least, min(clients, MOST_MEASURED))

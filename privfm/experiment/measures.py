@@ -12,6 +12,7 @@ from torch import Tensor
 from privfm.checks import require
 from privfm.contracts import Attack, TargetedAttack
 from privfm.federation.auditing import AuditedRun
+from privfm.federation.canaries import Audit
 from privfm.learning.learner import ModelLearner
 from privfm.reporting.summary import wilson
 
@@ -61,9 +62,10 @@ def backdoor(attack: Attack | None, learner: ModelLearner, model: Tensor) -> dic
     }
 
 
-def audit_summary(found: AuditedRun) -> dict[str, Any]:
-    """What an audit says, as plain values; see `AuditedRun`."""
-    return {**asdict(found), "ratio": found.ratio, "alarm": found.alarm}
+def audit_summary(found: AuditedRun, audit: Audit) -> dict[str, Any]:
+    """What an audit says, as plain values; see `AuditedRun`. Canaries are named as they were configured."""
+    own = {"canaries": type(audit.canaries).__name__, "ratio": found.ratio, "alarm": found.alarm}
+    return asdict(found) | own
 
 
 def column(rows: Sequence[Mapping[str, object]], name: str) -> list[float]:

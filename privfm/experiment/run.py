@@ -203,7 +203,7 @@ def play_run(path: Path, spec: ArmSpec, seed: int, shared: Path | None = None) -
     summary = _summary(spec, seed, federation, run, learner.evaluate(state.model, "test"))
     summary |= _guarantees(config, facts, len(run.rows()))
     if config.audit is not None:
-        summary["audit"] = audit_summary(audited(federation, state, learner.losses))
+        summary["audited"] = audit_summary(audited(federation, state, learner.losses), config.audit)
     run.finish(summary | detection(run.rows()) | backdoor(federation.arm.attack, learner, state.model))
     return run.summary()
 

@@ -15,7 +15,7 @@ from privfm.attacks.audit import Bound, Check, Estimate, gaussian_fit, holm, one
 from privfm.checks import require
 from privfm.contracts import Examples
 from privfm.defenses.privacy import DPPlan
-from privfm.federation.canaries import Audit, Kept, Planted
+from privfm.federation.canaries import Kept, Planted
 from privfm.federation.claims import Claim
 from privfm.federation.round import Federation, RunState
 
@@ -93,9 +93,10 @@ def audited(federation: Federation, state: RunState, losses: Losses | None = Non
         assert losses is not None
         scores = _remembered(federation, planted, state, losses)
         delta = audit.delta if plan is None else plan.delta
-        fit: Estimate | None = gaussian_fit(scores[coins], scores[~coins], delta)
+        both = min(int(coins.sum()), int((~coins).sum())) >= 2
+        fit = gaussian_fit(scores[coins], scores[~coins], delta) if both else None
         bound = one_run(scores, coins, delta, guesses=spread(len(coins)), confidence=audit.confidence)
-        return _audited(audit, planted, plan, state.round, bound, (), fit, ())
+        return _audited(federation, planted, plan, state.round, bound, (), fit, ())
     assert plan is not None  # `compatibility.problems` sees to it
     claim = Claim(plan, federation.learner.d, federation.arm.codecs)
     kept = Kept.read(state.audit)
@@ -107,19 +108,20 @@ def audited(federation: Federation, state: RunState, losses: Losses | None = Non
     if audit.canaries.ghost:
         checks = claim.checks(values, kept.sent.numpy(), kept.units.sum(1).numpy(), planted.size)
     fit = claim.estimate(values, kept.sent.numpy(), scores, coins)
-    return _audited(audit, planted, plan, state.round, bounds[0], tuple(bounds[1:]), fit, checks)
+    return _audited(federation, planted, plan, state.round, bounds[0], tuple(bounds[1:]), fit, checks)
 
 
 def _audited(  # noqa: PLR0917 (its fields, in their order)
-    audit: Audit, planted: Planted, plan: DPPlan | None, after: int,
+    federation: Federation, planted: Planted, plan: DPPlan | None, after: int,
     bound: Bound, others: tuple[Bound, ...], estimate: Estimate | None, checks: tuple[Check, ...],
 ) -> AuditedRun:  # fmt: skip
     claimed = None
-    if plan is not None and plan.unit == "client":
-        claimed = plan.epsilon(after)
+    if plan is not None and plan.unit == "client":  # canaries are found in what is released
+        records = {record.adversary: record.epsilon for record in plan.records(after, d=federation.learner.d)}
+        claimed = records.get("released_model", next(iter(records.values())))
     return AuditedRun(
-        type(audit.canaries).__name__,
-        audit.canaries.count,
+        type(planted.canaries).__name__,
+        planted.canaries.count,
         int(planted.included.sum()),
         claimed,
         bound.delta,

@@ -110,9 +110,9 @@ class Claim:
     def estimate(self, values: Array, sent: Flags, scores: Array, coins: Flags) -> Estimate | None:
         """The plan's epsilon at the noise that canaries show; where nothing amplifies, two Gaussians through scores."""
         delta = self.plan.delta
-        if coins.all() or not coins.any():
-            return None
         if not self.amplified:
+            if min(int(coins.sum()), int((~coins).sum())) < 2:
+                return None
             return gaussian_fit(scores[coins], scores[~coins], delta)
         if not sent.any() or sent.all():
             return None

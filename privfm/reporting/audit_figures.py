@@ -120,7 +120,7 @@ def _panel(points: Sequence[AuditPoint], group: str, frame: tuple[float, float, 
     heading(figure, group or "Audited runs", "epsilon certified and estimated, by epsilon claimed")
     left, right, unclaimed = frame
     axes.set_xlim(left, right)
-    axes.set_ylim(log10(LEAST) - 0.08, log10(MOST) + 0.08)
+    axes.set_ylim(log10(LEAST) - 0.08, log10(MOST) + 0.25)
     _name_axes(axes, points, unclaimed, right)
     ends = [max(left, log10(LEAST)), min(right, unclaimed - UNCLAIMED + 0.2)]
     axes.plot(ends, ends, color=colour("muted"), linewidth=1.2, linestyle=DOTTED)

@@ -19,8 +19,8 @@ def audits(experiment: Experiment) -> Iterator[tuple[ArmResult, int, Mapping[str
     """Each audited run: its arm, its seed, and what the audit said."""
     for arm in experiment.finished:
         for seed, summary in sorted(arm.summaries.items()):
-            if summary.get("audit"):
-                yield arm, seed, summary["audit"]
+            if summary.get("audited"):
+                yield arm, seed, summary["audited"]
 
 
 def audit_answer(experiment: Experiment) -> str:
@@ -59,14 +59,14 @@ def audit_table(experiment: Experiment) -> ReportTable | None:
     several = len(experiment.index.seeds) > 1
     columns = (
         Column("arm", "arm", "title"),
-        Column("epsilon claimed (delta)", "claimed", "audit.claimed"),
-        Column("at least", "at least", "audit.bound.epsilon"),
-        Column("of the claim", "ratio", "audit.ratio"),
-        Column("estimate (95 %), no bound", "estimate", "audit.estimate.epsilon"),
-        Column("at most provable", "ceiling", "audit.bound.ceiling"),
-        Column("canaries (in)", "canaries", "audit.count"),
-        Column("method: right guesses", "method", "audit.bound.method"),
-        Column("contradicted by", "alarm", "audit.alarm"),
+        Column("epsilon claimed (delta)", "claimed", "audited.claimed"),
+        Column("at least", "at least", "audited.bound.epsilon"),
+        Column("of the claim", "ratio", "audited.ratio"),
+        Column("contradicted by", "alarm", "audited.alarm"),
+        Column("estimate (95 %), no bound", "estimate", "audited.estimate.epsilon"),
+        Column("at most provable", "ceiling", "audited.bound.ceiling"),
+        Column("canaries (in)", "canaries", "audited.count"),
+        Column("method: right guesses", "method", "audited.bound.method"),
     )
     rows = tuple(
         TableRow(arm.arm.group, (f"{arm.title}, seed {seed}" if several else arm.title, *_cells(audit)))
@@ -106,11 +106,11 @@ def check_table(experiment: Experiment) -> ReportTable | None:
         return None
     columns = (
         Column("arm", "arm", "title"),
-        Column("check", "check", "audit.checks"),
-        Column("found", "found", "audit.checks"),
-        Column("claimed", "claimed", "audit.checks"),
-        Column("p-value", "p", "audit.checks"),
-        Column("observations", "n", "audit.checks"),
+        Column("check", "check", "audited.checks"),
+        Column("found", "found", "audited.checks"),
+        Column("claimed", "claimed", "audited.checks"),
+        Column("p-value", "p", "audited.checks"),
+        Column("observations", "n", "audited.checks"),
     )
     notes = (
         "Noise in units of the claimed one; arrival of a canary in clips; p-values are two-sided, one a check. A small "
@@ -135,13 +135,13 @@ def _cells(audit: Mapping[str, Any]) -> tuple[str, ...]:
         "nothing" if claimed is None else f"{_epsilon(claimed)} ({small_number(audit['delta'])})",
         _epsilon(bound["epsilon"]),
         MISSING if ratio is None else f"{ratio:.2f}",
+        _contradicting(str(audit["alarm"])),
         MISSING
         if estimate is None
         else f"{_epsilon(estimate['epsilon'])} ({_epsilon(estimate['low'])} to {_epsilon(estimate['high'])})",
         _epsilon(bound["ceiling"]),
         f"{audit['count']:,} {audit['canaries']} ({audit['included']:,})",
         f"{bound['method']}: {bound['correct']:,} of {bound['guesses']:,}",
-        _contradicting(str(audit["alarm"])),
     )
 
 

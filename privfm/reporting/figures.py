@@ -41,9 +41,10 @@ class FigureBlock:
 
 
 def all_figures(experiment: Experiment) -> tuple[FigureBlock, ...]:
-    """The figures, in the order of the page."""
+    """The figures, in the order of the page; that of audits only where there are any."""
     figures = (utility_by_round, privacy_utility, epsilon_by_round, claimed_and_audited, attack_against_defense, cost)
-    return tuple(figure(experiment) for figure in figures)
+    found = (figure(experiment) for figure in figures)
+    return tuple(figure for figure in found if figure is not None)
 
 
 def utility_by_round(experiment: Experiment) -> FigureBlock:
@@ -122,21 +123,21 @@ def _named(curves: Mapping[Curve, Sequence[str]]) -> list[tuple[str, Curve]]:
     return [(titles[0] if len(titles) == 1 else f"({len(titles)} arms)", curve) for curve, titles in curves.items()]
 
 
-def claimed_and_audited(experiment: Experiment) -> FigureBlock:
-    """Epsilon certified and estimated against epsilon claimed, a panel a group of audited runs."""
+def claimed_and_audited(experiment: Experiment) -> FigureBlock | None:
+    """Epsilon certified and estimated against epsilon claimed, a panel a group of audited runs; None without any."""
     name, title = "audit", "Claimed and audited epsilon"
     points = audit_points(experiment)
     if not points:
-        return FigureBlock(name, title, "", (), (), "no finished run was audited")
+        return None
     with drawing_style():
         panels = audit_panels(points)
-    methods = ", ".join(dict.fromkeys(point.method for point in points))
+    methods = "; ".join(dict.fromkeys(point.method for point in points))
     caption = (
         f"Filled: certified ({methods}). Hollow, with its 95 % interval: estimated, no bound. Short line: the most "
         "that could be certified. Dotted: the claim; a filled point above it contradicts it. A red cross: the claim is "
         "contradicted, by the bound or by a check of the mechanism."
     )
-    return FigureBlock(name, title, caption, ("audit",), panels)
+    return FigureBlock(name, title, caption, ("audited",), panels)
 
 
 def attack_against_defense(experiment: Experiment) -> FigureBlock:

@@ -54,7 +54,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def audits(folder: Path) -> dict[str, dict[str, Any]]:
     found = {path.parents[1].name: json.loads(path.read_text()) for path in folder.glob("*/seed-0/summary.json")}
-    return {name: summary["audit"] for name, summary in found.items()}
+    return {name: summary["audited"] for name, summary in found.items()}
 
 
 def specs() -> dict[str, ArmSpec]:
@@ -115,7 +115,8 @@ def test_a_mistake_differs_from_its_claim_in_what_it_is_called_after() -> None:
     assert fixed.audit is not None and fixed.audit.claimed == part
     for mistake, control in (("forgotten-clip", "control-masks"), ("weights-by-size", "control-weights")):
         wrong, right = arms[mistake].config, arms[control].config
-        assert replace(wrong, plan=right.plan) == right
+        assert wrong.audit is not None and wrong.audit.claimed == right.plan
+        assert replace(wrong, plan=right.plan, audit=right.audit) == right
         assert type(wrong.plan) is not type(right.plan)
         assert vars(wrong.plan) == vars(right.plan)
 
@@ -127,8 +128,8 @@ def test_the_lies_do_what_they_say() -> None:
         clip = lying(kind, plan).clip(((0, 4),))
         assert clip is not None
         assert float(clip.encode(row, {}, [torch.Generator()])[0].rows.norm()) == pytest.approx(length, rel=1e-4)
-    assert plan.weights([32, 640]).tolist() == [0.5, 1.0]
-    assert lying(WeightsBySize, plan).weights([32, 640]).tolist() == [0.5, 10.0]
+    assert plan.weights([CAP // 2, 10 * CAP]).tolist() == [0.5, 1.0]
+    assert lying(WeightsBySize, plan).weights([CAP // 2, 10 * CAP]).tolist() == [0.5, 10.0]
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -77,7 +77,7 @@ def made(folder: Path, audits: dict[tuple[str, str], dict[str, Any] | None], see
                 "trivial_utility": 0.2, "skipped_rounds": 0, "attack": None, "rule_name": "Mean", "malicious_share": 0,
                 "channel_name": "Plaintext", "bytes_up_per_client": 9000, "seconds_total": 1.0,
                 "epsilon": RECORD if private else None, "epsilons": [RECORD] if private else [],
-                **({} if audit is None else {"audit": audit}),
+                **({} if audit is None else {"audited": audit}),
             })  # fmt: skip
     ExperimentIndex("x", "What?", "python", "2025-03-01", tuple(arms), seeds).write(folder)
     return folder
@@ -104,14 +104,14 @@ def test_the_table_by_hand(experiment: Experiment) -> None:
     table = audit_table(experiment)
     assert table is not None
     assert [row.cells for row in table.rows] == [
-        ("Ghosts, epsilon 4", "4 (1e-5)", "2.5", "0.62", "3.9 (3.5 to 4.4)", "6.5", "10,000 GhostCanaries (4,987)",
-         "one run, f-DP: 249 of 250", "nothing"),
-        ("Ghosts, epsilon 1", "1 (1e-5)", "0", "0.00", "-", "6.5", "10,000 GhostCanaries (4,987)",
-         "one run, f-DP: 249 of 250", "nothing"),
-        ("Halved noise", "4 (1e-5)", "5", "1.25", "9.3 (8 to infinite)", "6.5", "10,000 GhostCanaries (4,987)",
-         "one run, f-DP: 249 of 250", "bound, noise scale"),
-        ("Secrets, no plan", "nothing", "0.7", "-", "3.9 (3.5 to 4.4)", "3.1", "64 InsertedSecrets (30)",
-         "one run: 249 of 250", "nothing"),
+        ("Ghosts, epsilon 4", "4 (1e-5)", "2.5", "0.62", "nothing", "3.9 (3.5 to 4.4)", "6.5",
+         "10,000 GhostCanaries (4,987)", "one run, f-DP: 249 of 250"),
+        ("Ghosts, epsilon 1", "1 (1e-5)", "0", "0.00", "nothing", "-", "6.5",
+         "10,000 GhostCanaries (4,987)", "one run, f-DP: 249 of 250"),
+        ("Halved noise", "4 (1e-5)", "5", "1.25", "bound, noise scale", "9.3 (8 to infinite)", "6.5",
+         "10,000 GhostCanaries (4,987)", "one run, f-DP: 249 of 250"),
+        ("Secrets, no plan", "nothing", "0.7", "-", "nothing", "3.9 (3.5 to 4.4)", "3.1",
+         "64 InsertedSecrets (30)", "one run: 249 of 250"),
     ]  # fmt: skip
     assert len(table.rows[0].cells) == len(table.columns)
     assert [row.group for row in table.rows] == ["Ghosts", "Ghosts", "Mistakes", "Mistakes"]
@@ -146,9 +146,9 @@ def test_without_audits_there_is_nothing_of_it(tmp_path: Path) -> None:
     assert audit_table(read) is None and check_table(read) is None
     assert audit_answer(read) == "" and contradicted(read) == ()
     assert [table.title for table in experiment_tables(plain)] == ["All arms"]
-    figure = figure_of(read)
-    assert figure.panels == () and figure.missing == "no finished run was audited"
-    assert "Do audits contradict" not in render_page(read)
+    assert "audit" not in [figure.name for figure in all_figures(read)]
+    page = render_page(read)
+    assert "Do audits contradict" not in page and "audited" not in page
 
 
 def test_beside_arms_that_are_not_audited_other_answers_stay(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_panel_a_group_says_every_number(experiment: Experiment) -> None:
         "Epsilon certified and estimated by epsilon claimed, Mistakes. 1 Halved noise: at least 5, estimate 9.3; "
         "contradicted; 2 Secrets, no plan: at least 0.7, estimate 3.9.",
     ]
-    assert "certified (one run, f-DP, one run)" in figure.caption
+    assert "certified (one run, f-DP; one run)" in figure.caption
     first, second = (panel.svg for panel in figure.panels)
     assert ">nothing<" in first and ">nothing<" in second  # one frame for all panels
     assert second.count("var(--loss") > 0 and first.count("var(--loss") == 0  # only what is contradicted

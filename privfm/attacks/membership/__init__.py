@@ -35,7 +35,8 @@ from privfm.attacks.membership.extraction import (
 )
 from privfm.attacks.membership.halves import halves, shadow_signals
 from privfm.attacks.membership.lira import LiRA
-from privfm.attacks.membership.membership_server import Candidates, MembershipServer, SeatedMembership
+from privfm.attacks.membership.membership_server import Candidates, MembershipServer
+from privfm.attacks.membership.membership_server import SeatedMembership as SeatedMembership  # no configuration's
 from privfm.attacks.membership.planting import MembershipTrap, Planted, Sighting
 from privfm.attacks.membership.properties import (
     LabelErrors,
@@ -100,7 +101,6 @@ __all__ = [
     "QuantileRegression",
     "RMIA",
     "Rate",
-    "SeatedMembership",
     "SecretFormat",
     "Sighting",
     "Spelling",
