@@ -100,14 +100,17 @@ def audited(federation: Federation, state: RunState, losses: Losses | None = Non
     assert plan is not None  # `compatibility.problems` sees to it
     claim = Claim(plan, federation.learner.d, federation.arm.codecs)
     kept = Kept.read(state.audit)
-    values = kept.released.double().numpy() / plan.max_grad_norm
-    turns = claim.turns(state.round, audit.canaries.count)
+    played = kept.released.isfinite().all(1)  # of a skipped round nothing was released
+    require(bool(played.any()), "all rounds were skipped: canaries have left no trace")
+    values = kept.released[played].double().numpy() / plan.max_grad_norm
+    sent = kept.sent[played].numpy()
+    turns = claim.turns(state.round, audit.canaries.count)[played.numpy()]
     scores = claim.scores(values, turns)
     bounds = claim.bounds(scores, coins, turns, audit.confidence)
     checks: tuple[Check, ...] = ()
     if audit.canaries.ghost:
-        checks = claim.checks(values, kept.sent.numpy(), kept.units.sum(1).numpy(), planted.size)
-    fit = claim.estimate(values, kept.sent.numpy(), scores, coins)
+        checks = claim.checks(values, sent, kept.units.sum(1).numpy(), planted.size)
+    fit = claim.estimate(values, sent, scores, coins)
     return _audited(federation, planted, plan, state.round, bounds[0], tuple(bounds[1:]), fit, checks)
 
 

@@ -131,6 +131,19 @@ def test_what_was_not_audited_has_nothing_to_say(federation):
         audited(made, start(made))
 
 
+def test_skipped_rounds_leave_no_trace_and_spoil_nothing(federation):
+    made = federation(plan=FULL, audit=Audit(GhostCanaries(64)), engine=Local(256))
+    state = list(rounds(made, 3, evaluate_every=3))[-1].state
+    whole = audited(made, state)
+    gap = {"released": torch.full((1, 64), torch.nan), "sent": torch.zeros(1, 64, dtype=torch.bool)}
+    wider = {name: torch.cat([value, gap.get(name, value[-1:])]) for name, value in state.audit.items()}
+    more = audited(made, replace(state, audit=wider, round=4))
+    assert more.bound.epsilon == whole.bound.epsilon
+    assert more.claimed > whole.claimed  # the round is accounted for all the same
+    with pytest.raises(InvalidArgument, match="all rounds were skipped"):
+        audited(made, replace(state, audit={**state.audit, "released": torch.full((3, 64), torch.nan)}))
+
+
 def test_the_rule_stays_the_plan_s(federation):
     made = federation(plan=FULL, audit=Audit(GhostCanaries(8)), rule=Mean())
     assert made.arm.ghosts == 8
