@@ -114,6 +114,11 @@ def test_epsilon_of_everybody_solves_the_closed_form(relation, noise, rounds):
     assert delta_of(true * 2, epsilon) < 5e-4
 
 
+@pytest.mark.parametrize("noise", [9170.774506742931, 20412.0, 1e5])
+def test_noise_that_hides_everything_costs_nothing_and_warns_of_nothing(noise):
+    assert 0 <= account(SampledGaussian(noise), 1, 1e-5)[0] < 1e-3
+
+
 @pytest.mark.parametrize("sampling", ["poisson", "full"])
 def test_sampling_everybody_is_sampling_nobody(sampling):
     for relation in ("zero-out", "add-or-remove", "replace-one"):

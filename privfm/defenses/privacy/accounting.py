@@ -25,6 +25,8 @@ from functools import lru_cache
 from math import exp, inf, log, sqrt
 from typing import TYPE_CHECKING, Any, Literal, final
 
+import numpy
+
 from privfm.checks import InvalidArgument
 
 if TYPE_CHECKING:
@@ -167,7 +169,9 @@ def _gaussian(mechanism: SampledGaussian, times: int, delta: float) -> tuple[flo
         from dp_accounting import gaussian_mechanism
 
         noise = noise / 2 if mechanism.effective_relation == "replace-one" else noise
-        return float(gaussian_mechanism.get_epsilon_gaussian(noise / sqrt(times), delta)), "Gaussian, exact"
+        with numpy.errstate(divide="ignore"):  # with much noise its search takes the logarithm of 0
+            epsilon = float(gaussian_mechanism.get_epsilon_gaussian(noise / sqrt(times), delta))
+        return epsilon, "Gaussian, exact"
     if mechanism.amplification == "fixed_size":
         epsilon = _rdp(event(mechanism, times), "replace-one", delta, FIXED_SIZE_ORDERS)
         return _least((epsilon, f"RDP, {_library()}"), _gaussian(mechanism.alone, times, delta))
