@@ -34,7 +34,9 @@ class CanaryScene:
 
 
 class Canaries(ABC):
-    """`count` clients more. Each is in the run with probability 1/2, drawn by whoever audits, and else sends zeros.
+    """`count` clients more. Each is in the run with probability 1/2, drawn by whoever audits, and else is not there.
+
+    Under a plan with its fixed denominator being absent is sending zeros; elsewhere a smaller cohort is a smaller one.
 
     Two kinds: those that send a row of their own (`rows`), whose trace is read off every release (`observed`); and
     those that train on examples of their own (`examples`), whose trace is the final model's loss on them.

@@ -64,7 +64,7 @@ def backdoor(attack: Attack | None, learner: ModelLearner, model: Tensor) -> dic
 
 def audit_summary(found: AuditedRun, audit: Audit) -> dict[str, Any]:
     """What an audit says, as plain values; see `AuditedRun`. Canaries are named as they were configured."""
-    own = {"canaries": type(audit.canaries).__name__, "ratio": found.ratio, "alarm": found.alarm}
+    own = {"canaries": type(audit.canaries).__name__, "ratio": found.ratio, "alarm": found.alarm, "safer": found.safer}
     return asdict(found) | own
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, final
 
 import torch
@@ -29,7 +29,7 @@ from privfm.defenses.channels import Plaintext
 from privfm.defenses.delegated import Delegated
 from privfm.defenses.mean import Mean
 from privfm.defenses.privacy import DPPlan
-from privfm.defenses.privacy.releases import QuantileRelease
+from privfm.defenses.privacy.releases import GaussianRelease, QuantileRelease
 from privfm.defenses.transforms import Chain
 from privfm.federation.canaries import Audit
 from privfm.federation.optimizers import Average
@@ -90,6 +90,12 @@ class Arm:
     def ghosts(self) -> int:
         """Columns of every row that belong to canaries, after the model's."""
         return 0 if self.audit is None else self.audit.canaries.columns
+
+    def most_canaries(self, population: int) -> int:
+        """How many may join one round, beside the clients."""
+        if self.audit is None:
+            return 0
+        return self.sampling.largest(self.audit.canaries.count) if self.plan else self.audit.canaries.count
 
     @property
     def sampling(self) -> Sampling:
@@ -193,4 +199,5 @@ class Arm:
             active = torch.cat([active, active.new_ones(d - len(active))])  # canaries' columns are always noised
         bound = self.plan.max_grad_norm
         opened = self.channel.reveals is Reveals.EACH or self.plan.place != "central"
-        return self.plan.release(bound if opened else self.codecs.norm_bound(bound, d), population, active)
+        rule = self.plan.release(bound if opened else self.codecs.norm_bound(bound, d), population, active)
+        return replace(rule, ghosts=self.ghosts) if isinstance(rule, GaussianRelease) else rule

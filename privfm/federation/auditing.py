@@ -15,7 +15,8 @@ from privfm.attacks.audit import Bound, Check, Estimate, gaussian_fit, holm, one
 from privfm.checks import require
 from privfm.contracts import Examples
 from privfm.defenses.privacy import DPPlan
-from privfm.federation.canaries import Kept, Planted
+from privfm.defenses.privacy.trade_off import released_epsilon
+from privfm.federation.canaries import Kept, PlantedCanaries
 from privfm.federation.claims import Claim
 from privfm.federation.round import Federation, RunState
 
@@ -35,10 +36,12 @@ class AuditedRun:
       included: how many were in.
       claimed: epsilon by the plan that is claimed, infinite without noise; None: nothing is claimed.
       delta: of claim and bound.
-      bound: certified; the method and the number of guesses were fixed by the claim, before the run.
+      bound: certified; method and numbers of guesses were fixed before the run, where canaries send rows by the claim.
       others: certified by other methods, each at its confidence by itself: the largest of them holds at less.
       estimate: a best guess; None: the scores allow none.
       checks: of the mechanism, where ghosts show it.
+      expected: times that a canary was sampled whose coin said in, over all rounds.
+      arrived: times that one's row was in a release; fewer by drop-outs, failures and bounds on participation.
     """
 
     canaries: str
@@ -50,6 +53,8 @@ class AuditedRun:
     others: tuple[Bound, ...]
     estimate: Estimate | None
     checks: tuple[Check, ...]
+    expected: int
+    arrived: int
 
     @property
     def ratio(self) -> float | None:
@@ -58,17 +63,42 @@ class AuditedRun:
 
     @property
     def alarm(self) -> str:
-        """What contradicts the claim; empty where nothing does."""
+        """What contradicts the claim, or says that nothing was tested; empty where neither."""
         found = []
+        if self.arrived == 0:
+            found.append("no canary reached a release: nothing was audited")
         if self.claimed is not None and self.bound.epsilon > self.claimed:
-            found.append(f"epsilon is at least {self.bound.epsilon:.3g}, claimed is {self.claimed:.3g}")
-        wrong = [check for check in holm(self.checks) if check.p_value < ALARM]
-        found += [f"{check.name} {check.found:.3g}, claimed {check.expected:.3g}" for check in wrong]
+            sure = f"with {self.bound.confidence:.0%} confidence"
+            found.append(f"epsilon is at least {self.bound.epsilon:.3g} {sure}, claimed is {self.claimed:.3g}")
+        found += [_said(check) for check in self._wrong if not _safer(check)]
         return "; ".join(found)
+
+    @property
+    def safer(self) -> str:
+        """Where the mechanism is not the claimed one, to the better; empty where it is."""
+        return "; ".join(_said(check) for check in self._wrong if _safer(check))
+
+    @property
+    def _wrong(self) -> list[Check]:
+        return [check for check in holm(self.checks) if check.p_value < ALARM]
 
 
 ALARM: Final = 1e-3
-"""Probability, over all checks of a run together (Holm), with which a sound mechanism is accused."""
+"""Probability, over all checks of a run together (Holm), with which those of a sound mechanism raise an alarm. The
+bound may, too, with one minus its own confidence."""
+
+_SAFER_ABOVE: Final = ("noise scale",)
+_SAFER_BELOW: Final = ("mean shift", "shift spread", "clients: sampling rate", "canaries: sampling rate")
+
+
+def _safer(check: Check) -> bool:
+    """Whether what was found protects more than the claim: more noise, less of a canary, fewer participations."""
+    above = check.found > check.expected
+    return check.name in (_SAFER_ABOVE if above else _SAFER_BELOW)
+
+
+def _said(check: Check) -> str:
+    return f"{check.name} {check.found:.3g}, claimed {check.expected:.3g}"
 
 
 def audited(federation: Federation, state: RunState, losses: Losses | None = None) -> AuditedRun:
@@ -93,12 +123,13 @@ def audited(federation: Federation, state: RunState, losses: Losses | None = Non
         assert losses is not None
         scores = _remembered(federation, planted, state, losses)
         delta = audit.delta if plan is None else plan.delta
-        both = min(int(coins.sum()), int((~coins).sum())) >= 2
+        both = min(int(coins.sum()), int((~coins).sum())) >= 2 and bool(np.isfinite(scores).all())
         fit = gaussian_fit(scores[coins], scores[~coins], delta) if both else None
+        scores = np.nan_to_num(scores, nan=0.0)  # a model that is not finite remembers nobody
         bound = one_run(scores, coins, delta, guesses=spread(len(coins)), confidence=audit.confidence)
-        return _audited(federation, planted, plan, state.round, bound, (), fit, ())
+        return _audited(federation, planted, plan, state, bound, (), fit, ())
     assert plan is not None  # `compatibility.problems` sees to it
-    claim = Claim(plan, federation.learner.d, federation.arm.codecs)
+    claim = Claim.of(plan, federation.arm, federation.learner.d, federation.clients.size)
     kept = Kept.read(state.audit)
     played = kept.released.isfinite().all(1)  # of a skipped round nothing was released
     require(bool(played.any()), "all rounds were skipped: canaries have left no trace")
@@ -109,19 +140,20 @@ def audited(federation: Federation, state: RunState, losses: Losses | None = Non
     bounds = claim.bounds(scores, coins, turns, audit.confidence)
     checks: tuple[Check, ...] = ()
     if audit.canaries.ghost:
-        checks = claim.checks(values, sent, kept.units.sum(1).numpy(), planted.size)
-    fit = claim.estimate(values, sent, scores, coins)
-    return _audited(federation, planted, plan, state.round, bounds[0], tuple(bounds[1:]), fit, checks)
+        drawn, clients = kept.drawn.numpy(), kept.clients.numpy()
+        checks = claim.checks(values, sent, drawn, clients, federation.clients.size)
+    fit = claim.estimate(values, sent, turns, coins)
+    return _audited(federation, planted, plan, state, bounds[0], tuple(bounds[1:]), fit, checks)
 
 
 def _audited(  # noqa: PLR0917 (its fields, in their order)
-    federation: Federation, planted: Planted, plan: DPPlan | None, after: int,
+    federation: Federation, planted: PlantedCanaries, plan: DPPlan | None, state: RunState,
     bound: Bound, others: tuple[Bound, ...], estimate: Estimate | None, checks: tuple[Check, ...],
 ) -> AuditedRun:  # fmt: skip
+    kept = Kept.read(state.audit)
     claimed = None
     if plan is not None and plan.unit == "client":  # canaries are found in what is released
-        records = {record.adversary: record.epsilon for record in plan.records(after, d=federation.learner.d)}
-        claimed = records.get("released_model", next(iter(records.values())))
+        claimed = released_epsilon(plan, state.round, federation.learner.d)
     return AuditedRun(
         type(planted.canaries).__name__,
         planted.canaries.count,
@@ -132,10 +164,12 @@ def _audited(  # noqa: PLR0917 (its fields, in their order)
         others,
         estimate,
         checks,
+        int((kept.drawn & planted.included).sum()),
+        int(kept.sent.sum()),
     )
 
 
-def _remembered(federation: Federation, planted: Planted, state: RunState, losses: Losses) -> Array:
+def _remembered(federation: Federation, planted: PlantedCanaries, state: RunState, losses: Losses) -> Array:
     """How much lower the final model's loss on each canary's examples is than the initial one's, `(count,)`."""
     first = federation.learner.initial()
     found = []

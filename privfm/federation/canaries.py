@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, final
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from privfm.checks import fraction
 from privfm.contracts import Canaries, CanaryScene, Examples, Sampling, State
 from privfm.defenses.privacy import DPPlan
-from privfm.federation.population import drawn_in_secret
+from privfm.federation.population import Poisson, drawn_in_secret, lost
 from privfm.randomness import Seeds
 
 
@@ -52,17 +52,19 @@ class Audit:
 MADE: Final = 0
 FLIPPED: Final = 1
 DRAWN: Final = 2
-"""Branches of the seeds' `canaries`: what they are made of, their coins, and who of them is sampled in a round."""
+LOST: Final = 3
+"""Branches of the seeds' `canaries`: what they are made of, their coins, who of them is sampled, who drops out."""
 
 RELEASED: Final = "released"
+DRAWN_CANARIES: Final = "drawn"
 SENT: Final = "sent"
-UNITS: Final = "units"
+CLIENTS: Final = "clients"
 """What a run keeps for its audit, one row a round; see `Kept`."""
 
 
 @final
 @dataclass(frozen=True)
-class Planted:
+class PlantedCanaries:
     """Canaries among the clients of one run. Their ids follow the clients': canary j is client `first + j`.
 
     Attributes:
@@ -78,7 +80,7 @@ class Planted:
     seeds: Seeds
 
     @classmethod
-    def of(cls, audit: Audit, clients: int, seeds: Seeds) -> Planted:
+    def of(cls, audit: Audit, clients: int, seeds: Seeds) -> PlantedCanaries:
         """Flips the coins, the same in every round and after every interruption."""
         coins = torch.rand(audit.canaries.count, generator=seeds.generator("canaries", FLIPPED))
         return cls(audit.canaries, clients, coins < 0.5, seeds)
@@ -92,30 +94,37 @@ class Planted:
         """The canaries among some clients, by their number."""
         return [client - self.first for client in ids if client >= self.first]
 
-    def drawn(self, sampling: Sampling, now: int, plan: DPPlan | None, clients: tuple[int, ...]) -> tuple[int, ...]:
-        """Clients and canaries that are sampled in round `now`, whatever the coins.
+    def drawn(self, sampling: Sampling, now: int, plan: DPPlan | None) -> tuple[int, ...]:
+        """Ids of the canaries that are sampled in round `now`, whatever their coins.
 
-        Under a plan canaries are drawn apart, by the same sampling: Poisson of the union is just that, and the other
-        schemes become stratified ones, in which every unit takes part as often. Without a plan the cohort is drawn from
-        the union: its size is what was asked for.
+        They are drawn apart, so that clients are those of a run without an audit. Under a plan by its own sampling:
+        Poisson of the union is just that, and the other schemes become stratified ones, in which every unit takes part
+        as often. Without one each joins with the probability that a client has.
 
         Args:
           sampling: of clients.
           now: the round.
           plan: that is played.
-          clients: that were drawn.
         """
-        if plan is None:
-            return sampling.draw(self.size, self.seeds.generator("cohort", now), now)
-        if plan.source == "secure":
-            places = drawn_in_secret(sampling, self.canaries.count, now)
+        own = sampling if plan is not None else Poisson(min(1.0, sampling.expected(self.first) / self.first))
+        if plan is not None and plan.source == "secure":
+            places = drawn_in_secret(own, self.canaries.count, now)
         else:
-            places = sampling.draw(self.canaries.count, self.seeds.generator("canaries", DRAWN, now), now)
-        return (*clients, *(self.first + place for place in places))
+            places = own.draw(self.canaries.count, self.seeds.generator("canaries", DRAWN, now), now)
+        return tuple(self.first + place for place in places)
 
     def present(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """Of drawn clients those that send anything: an excluded canary's zeros add nothing to a sum."""
+        """Of drawn clients those that send anything; an excluded canary's zeros would add nothing to a sum."""
         return tuple(client for client in ids if client < self.first or bool(self.included[client - self.first]))
+
+    def lost(
+        self, gone: Mapping[str, frozenset[int]], rate: float, cohort: Sequence[int], now: int
+    ) -> dict[str, frozenset[int]]:
+        """Drop-outs with those of the canaries, which are drawn apart: clients are lost as without an audit."""
+        own = lost(
+            rate, tuple(gone), [i for i in cohort if i >= self.first], self.seeds.generator("canaries", LOST, now)
+        )
+        return {stage: clients | own[stage] for stage, clients in gone.items()}
 
     def examples(self, client: int) -> Examples:
         """What a canary trains on."""
@@ -133,35 +142,38 @@ class Kept:
     """What an audit reads, round by round.
 
     Attributes:
-      released: `(T, count)` float32, the released sum's inner products with the canaries' directions; no columns where
-        canaries train on examples.
+      released: `(T, count)` float32, the released sum's inner products with the canaries' directions, NaN in a round
+        that released nothing; no columns where canaries train on examples.
+      drawn: `(T, count)` bool, who was sampled, whatever the coins and the bounds on participation.
       sent: `(T, count)` bool, whose row arrived.
-      units: `(T, 2)` int64, clients and canaries that were drawn.
+      clients: `(T,)` int64, how many clients were sampled, likewise.
     """
 
     released: Tensor
+    drawn: Tensor
     sent: Tensor
-    units: Tensor
+    clients: Tensor
 
     @classmethod
     def read(cls, state: State) -> Kept:
         """From a run's state."""
-        return cls(state[RELEASED], state[SENT], state[UNITS])
+        return cls(state[RELEASED], state[DRAWN_CANARIES], state[SENT], state[CLIENTS])
 
 
-def nothing_kept(planted: Planted) -> State:
+def nothing_kept(planted: PlantedCanaries) -> State:
     """Before the first round."""
     m = planted.canaries.count
     wide = 0 if planted.canaries.trained else m
     return {
         RELEASED: torch.zeros(0, wide),
+        DRAWN_CANARIES: torch.zeros(0, m, dtype=torch.bool),
         SENT: torch.zeros(0, m, dtype=torch.bool),
-        UNITS: torch.zeros(0, 2, dtype=torch.int64),
+        CLIENTS: torch.zeros(0, dtype=torch.int64),
     }
 
 
 def remembered(
-    state: State, planted: Planted, total: Tensor | None, drawn: Sequence[int], arrived: Sequence[int]
+    state: State, planted: PlantedCanaries, total: Tensor | None, drawn: Sequence[int], arrived: Sequence[int]
 ) -> State:
     """What is kept, with one round more.
 
@@ -169,19 +181,16 @@ def remembered(
       state: of the rounds before.
       planted: the canaries.
       total: `(d + columns)`, what was released, times its denominator; None: nothing was.
-      drawn: clients and canaries that were sampled, before coins and drop-outs.
+      drawn: clients and canaries that were sampled, before coins, bounds on participation and drop-outs.
       arrived: those whose rows are in the release.
     """
     canaries = planted.canaries
-    sent = torch.zeros(1, canaries.count, dtype=torch.bool)
+    joined = torch.zeros(2, canaries.count, dtype=torch.bool)
+    joined[0, planted.places(drawn)] = True
     if total is not None:
-        sent[0, planted.places(arrived)] = True
+        joined[1, planted.places(arrived)] = True
     wide = state[RELEASED].shape[1]
     trace = torch.full((wide,), torch.nan) if total is None or not wide else canaries.observed(total).float().cpu()
-    of_canaries = len(planted.places(drawn))
-    units = torch.tensor([[len(drawn) - of_canaries, of_canaries]])
-    return {
-        RELEASED: torch.cat([state[RELEASED], trace[None]]),
-        SENT: torch.cat([state[SENT], sent]),
-        UNITS: torch.cat([state[UNITS], units]),
-    }
+    clients = torch.tensor([sum(client < planted.first for client in drawn)])
+    found = {RELEASED: trace[None], DRAWN_CANARIES: joined[:1], SENT: joined[1:], CLIENTS: clients}
+    return {name: torch.cat([state[name], value]) for name, value in found.items()}

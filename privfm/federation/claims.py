@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final, final
 
 import numpy as np
@@ -26,9 +26,11 @@ from privfm.attacks.audit import (
     planned,
     sampled_gaussian_score,
 )
-from privfm.contracts import Transform
+from privfm.checks import InvalidArgument
 from privfm.defenses.privacy import DPPlan
+from privfm.defenses.privacy.releases import GaussianRelease
 from privfm.defenses.privacy.trade_off import estimated_epsilon
+from privfm.federation.arm import Arm
 
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -46,20 +48,19 @@ class Claim:
 
     Args:
       plan: that is claimed.
-      d: trained values.
-      codecs: of the wire, which may lengthen a row, and the noise with it.
+      noise: standard deviation of the noise on each coordinate of the released sum, in units of the clip.
     """
 
     plan: DPPlan
-    d: int
-    codecs: Transform
+    noise: float
 
-    @cached_property
-    def noise(self) -> float:
-        """Standard deviation of the noise on each coordinate of the released sum, in units of the clip."""
-        bound = self.plan.max_grad_norm
-        opened = self.plan.place != "central"
-        return self.plan.noise_multiplier * (1.0 if opened else self.codecs.norm_bound(bound, self.d) / bound)
+    @classmethod
+    def of(cls, plan: DPPlan, arm: Arm, d: int, population: int) -> Claim:
+        """What a plan claims of an arm's wire: codecs may lengthen a row, and the noise is sized for that."""
+        rule = replace(arm, plan=plan).release(d + arm.ghosts, population)
+        if not isinstance(rule, GaussianRelease):
+            raise InvalidArgument(f"{plan}: canaries are read off a sum with one clip")
+        return cls(plan, plan.noise_multiplier * rule.sensitivity / plan.max_grad_norm)
 
     @property
     def amplified(self) -> bool:
@@ -67,17 +68,17 @@ class Claim:
         return self.plan.sampling in {"poisson", "fixed_size"} and self.plan.sample_rate < 1
 
     def turns(self, rounds: int, canaries: int) -> Flags:
-        """`(T, m)`, where a canary can have taken part: everywhere, but where groups take turns."""
-        if self.plan.sampling != "cyclic":
-            return np.ones((rounds, canaries), dtype=bool)
-        groups = round(1 / self.plan.sample_rate)
-        return np.asarray(np.arange(rounds)[:, None] % groups == np.arange(canaries) % groups)
+        """`(T, m)`, where a canary can have taken part: not where others have their turn, nor after its last round."""
+        groups = round(1 / self.plan.sample_rate) if self.plan.sampling == "cyclic" else 1
+        mine = np.arange(rounds)[:, None] % groups == np.arange(canaries) % groups
+        most = self.plan.max_participations
+        return np.asarray(mine if most is None or self.amplified else mine & (mine.cumsum(0) <= most))
 
     def scores(self, values: Array, turns: Flags) -> Array:
         """The most powerful score of in against out under the claim, `(m,)`, from traces `(T, m)` in clips."""
         rate = self.plan.sample_rate if self.amplified else 1.0
         if self.noise == 0 or rate == 1:
-            return np.asarray((values * turns).sum(0))
+            return np.asarray(((values - 0.5) * turns).sum(0))
         return sampled_gaussian_score(values, self.noise, rate)
 
     def bounds(self, scores: Array, coins: Flags, turns: Flags, confidence: float) -> tuple[Bound, ...]:
@@ -105,15 +106,19 @@ class Claim:
         joins = turns & coins
         if self.amplified:
             joins &= generator.random(shape) < self.plan.sample_rate
+        if self.plan.max_participations is not None:
+            joins &= joins.cumsum(0) <= self.plan.max_participations
         return self.scores(joins + self.noise * generator.standard_normal(shape), turns), coins
 
-    def estimate(self, values: Array, sent: Flags, scores: Array, coins: Flags) -> Estimate | None:
+    def estimate(self, values: Array, sent: Flags, turns: Flags, coins: Flags) -> Estimate | None:
         """The plan's epsilon at the noise that canaries show; where nothing amplifies, two Gaussians through scores."""
         delta = self.plan.delta
         if not self.amplified:
-            if min(int(coins.sum()), int((~coins).sum())) < 2:
+            often = turns.sum(0) == turns.sum(0).max()  # of those that could join most often
+            scores, inside = self.scores(values, turns)[often], coins[often]
+            if min(int(inside.sum()), int((~inside).sum())) < 2:
                 return None
-            return gaussian_fit(scores[coins], scores[~coins], delta)
+            return gaussian_fit(scores[inside], scores[~inside], delta)
         if not sent.any() or sent.all():
             return None
         silent, loud = values[~sent], values[sent]
@@ -135,11 +140,30 @@ class Claim:
             assumes="the mechanism is the plan's, but for its noise multiplier, fitted to what the canaries show",
         )
 
-    def checks(self, values: Array, sent: Flags, units: NDArray[np.int64], population: int) -> tuple[Check, ...]:
-        """Noise, arrival and sampling against the claim."""
-        scheme = self.plan.sampling
-        cohorts = () if scheme == "cyclic" else inclusion(units, population, self.plan.sample_rate, scheme)
+    def checks(
+        self, values: Array, sent: Flags, drawn: Flags, clients: NDArray[np.int64], of: int
+    ) -> tuple[Check, ...]:
+        """Noise, arrival and sampling against the claim; clients and canaries are sampled, and looked at, apart.
+
+        Args:
+          values: `(T, m)` in clips, of rounds that released something.
+          sent: `(T, m)`, whose row was in them.
+          drawn: `(rounds, m)`, which canaries were sampled.
+          clients: `(rounds,)`, how many clients were.
+          of: clients in the population.
+        """
+        plan, cohorts = self.plan, tuple[Check, ...]()
+        if plan.sampling != "cyclic":
+            rate, scheme = plan.sample_rate, plan.sampling
+            cohorts = (
+                *_named("clients", inclusion(clients, of, rate, scheme)),
+                *_named("canaries", inclusion(drawn.sum(1), drawn.shape[1], rate, scheme, drawn)),
+            )
         return check_mechanism(values, sent, self.noise, cohorts=cohorts)
+
+
+def _named(who: str, checks: Sequence[Check]) -> tuple[Check, ...]:
+    return tuple(replace(check, name=f"{who}: {check.name}") for check in checks)
 
 
 @lru_cache(maxsize=32)

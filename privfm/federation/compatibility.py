@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf, isinf, sqrt
 from typing import final
@@ -60,7 +60,7 @@ def problems(  # noqa: PLR0917  # all of them are facts of a run, and named wher
         _plan(arm, d, population, population if examples is None else examples, private_gradients),
         _alternation(arm),
         _attack(arm),
-        _audit(arm),
+        _audit(arm, population),
     )
     return [Problem(what, instead) for judge in judges for wrong, what, instead in judge if wrong]
 
@@ -102,7 +102,7 @@ def _channel(arm: Arm, d: int, population: int) -> Iterator[Finding]:
         f"{way} shows the server {clear:.1%} of each update, and noise of place {place!r} covers the sum alone",
         "the channel inside it for whole updates, or place='local'",
     )
-    largest = arm.sampling.largest(population)
+    largest = arm.sampling.largest(population) + arm.most_canaries(population)
     yield (
         channel.most_clients is not None and largest > channel.most_clients,
         f"{way} has head-room for a sum of {channel.most_clients} clients, {arm.sampling} may draw {largest}",
@@ -410,13 +410,38 @@ def _attack(arm: Arm) -> Iterator[Finding]:
     )
 
 
-def _audit(arm: Arm) -> Iterator[Finding]:
-    """What canaries need that send rows of their own; those that train on examples are clients like others."""
-    if arm.audit is None or arm.audit.canaries.trained:
+def _audit(arm: Arm, population: int) -> Iterator[Finding]:
+    """What canaries need."""
+    if arm.audit is None:
         return
-    plan, name = arm.plan, type(arm.audit.canaries).__name__
-    if plan is None or not plan.noises_the_sum or plan.place == "distributed":
-        place = "no plan" if plan is None else f"place={plan.place!r}, unit={plan.unit!r}"
+    canaries, plans = arm.audit.canaries, [plan for plan in (arm.plan, arm.audit.claimed) if plan is not None]
+    name = type(canaries).__name__
+    yield (
+        arm.server_attack is not None,
+        f"{name} are clients more, and {type(arm.server_attack).__name__} is scored with the clients there are",
+        "leave one of them out",
+    )
+    yield (
+        any(plan.simulated_population is not None for plan in plans),
+        "simulated_population gives the run less noise than its epsilon is claimed for, and the audit would say so",
+        "leave one of them out",
+    )
+    share = canaries.count * arm.sampling.expected(population) / population
+    yield (
+        any(plan.sampling == "fixed_size" for plan in plans) and abs(share - round(share)) > 1e-6,
+        f"a sample_rate of {arm.sampling.expected(population) / population:g} of {canaries.count} canaries is no whole "
+        "number, and the cohort has a fixed size",
+        "another number of canaries",
+    )
+    if not canaries.trained:
+        yield from _rows_of_canaries(arm, plans, name)
+
+
+def _rows_of_canaries(arm: Arm, plans: Sequence[DPPlan], name: str) -> Iterator[Finding]:
+    """What those need that send rows of their own; the others are clients like any."""
+    fits = [plan.noises_the_sum and plan.place != "distributed" for plan in plans]
+    if arm.plan is None or not all(fits):
+        place = "no plan" if arm.plan is None else " and ".join(f"place={p.place!r}, unit={p.unit!r}" for p in plans)
         yield (
             True,
             f"{name} are read off a sum to which noise is added for whole clients, and there is {place}",
@@ -424,24 +449,19 @@ def _audit(arm: Arm) -> Iterator[Finding]:
         )
         return
     yield (
-        plan.clipping is not None and not isinstance(plan.clipping, Flat),
-        f"{name} are sized for one clip of the whole row, and {plan.clipping} has others",
+        any(plan.clipping is not None and not isinstance(plan.clipping, Flat) for plan in plans),
+        f"{name} are sized for one clip of the whole row, and {arm.plan.clipping} has others",
         "Flat clipping",
     )
     yield (
-        plan.bands > 1,
-        f"{name} are read off each round by itself, and bands={plan.bands} correlates their noise",
+        any(plan.bands > 1 for plan in plans),
+        f"{name} are read off each round by itself, and bands={arm.plan.bands} correlates their noise",
         "bands=1, or canaries that train on examples",
     )
     yield (
-        plan.simulated_population is not None,
-        "simulated_population gives the run less noise than its epsilon is claimed for, and the audit would say so",
-        "leave one of them out",
-    )
-    yield (
-        arm.ghosts > 0 and (arm.server_attack is not None or arm.adapters is not None),
-        f"{name} add columns to every row, which a server attack or a geometry of products would read as the model's",
-        "leave one of them out",
+        arm.alternate and arm.ghosts == 0,
+        f"{name} fill the whole model, and factors take turns: half of each would be cut off",
+        "GhostCanaries",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from statistics import median
 from time import perf_counter
 from typing import Final, Literal, final
@@ -37,7 +38,7 @@ from privfm.defenses.directional_rules import with_root
 from privfm.defenses.privacy.releases import BOUND, GaussianRelease, QuantileRelease
 from privfm.defenses.views import EmptyView, WatchedView
 from privfm.federation.arm import Arm
-from privfm.federation.canaries import Planted, remembered
+from privfm.federation.canaries import PlantedCanaries, remembered
 from privfm.federation.client_states import ClientStates
 from privfm.federation.population import drawn_in_secret, eligible, lost
 from privfm.federation.record import Record
@@ -73,10 +74,16 @@ class Federation:
     root: Examples | None = None
 
     @property
-    def planted(self) -> Planted | None:
+    def planted(self) -> PlantedCanaries | None:
         """The canaries of an audited run."""
         audit = self.arm.audit
-        return None if audit is None else Planted.of(audit, self.clients.size, self.seeds)
+        return None if audit is None else PlantedCanaries.of(audit, self.clients.size, self.seeds)
+
+    @property
+    def uncounted_from(self) -> float:
+        """Id from which on clients are canaries that no record counts: those that send rows of their own."""
+        audit = self.arm.audit
+        return inf if audit is None or audit.canaries.trained else self.clients.size
 
     def examples(self, client: int) -> Examples:
         """One client's, or one canary's."""
@@ -113,9 +120,8 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
     active = arm.active(now, learner.adapters)
     rule, space = arm.release(width, federation.clients.size, active), arm.space(d, learner.adapters)
     state = _with_root(federation, state, space)
-    drawn, state = _drawn(federation, state)
-    cohort = drawn if planted is None else planted.present(drawn)
-    gone = lost(arm.dropout_rate, arm.channel.client_stages, cohort, generator("dropout", now))
+    drawn, cohort, state = _drawn(federation, state)
+    gone = _gone(federation, cohort, now)
     way, channel = Way(federation, state, rule, space, cohort), arm.wire
     intake = replace(arm.intake(width, rule, state.rule), weights=way.weights)
     nobody = EmptyView(intake.d)
@@ -148,14 +154,15 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
     arrived = view if end.outcome is None else end.seen
     grouped = channel.rows(1) is not None
     known = None if grouped else way.malicious  # a group is nobody
-    kept, kept_malicious = end.counted("kept", known)
-    clipped, clipped_malicious = end.counted("clipped", known)
-    detected, detected_malicious = end.counted("detected", known)
+    below = federation.uncounted_from
+    kept, kept_malicious = end.counted("kept", known, below)
+    clipped, clipped_malicious = end.counted("clipped", known, below)
+    detected, detected_malicious = end.counted("detected", known, below)
     record = Record(
         round=now,
-        sampled=len(cohort),
+        sampled=sum(client < below for client in cohort),
         malicious=len(way.malicious),
-        arrived=arrived.n,
+        arrived=arrived.n if grouped else sum(client < below for client in arrived.ids),
         bad=arrived.bad,
         failed=len(way.failures),
         arrived_malicious=None if grouped else len(set(arrived.ids) & set(way.malicious)),
@@ -181,14 +188,9 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
         leaked=arm.server_attack.look(view.seen, state.model, now) if arm.server_attack else {},
     )
     in_a_row = state.skipped + 1 if skipped else 0
-    after = replace(end.state, round=now + 1, clients=way.clients, attack=way.attack, skipped=in_a_row)
-    if planted is None:
-        return after, record
-    total = end.released
-    if total is not None and isinstance(rule, GaussianRelease):
-        total = total.double() * rule.denominator
-    arrived_ids = () if end.outcome is None else end.seen.ids
-    return replace(after, audit=remembered(state.audit, planted, total, drawn, arrived_ids)), record
+    audit = state.audit if planted is None else remembered(state.audit, planted, end.total(rule), drawn, end.arrived)
+    after = replace(end.state, round=now + 1, clients=way.clients, attack=way.attack, skipped=in_a_row, audit=audit)
+    return after, record
 
 
 @final
@@ -210,31 +212,55 @@ class Conclusion:
     moved: Moved | None = None
     released: Tensor | None = None
 
+    @property
+    def arrived(self) -> Sequence[int]:
+        """Whose rows are in the result."""
+        return () if self.outcome is None else self.seen.ids
+
+    def total(self, rule: Rule) -> Tensor | None:
+        """The released sum under a plan, else the rule's result; None where nothing was released."""
+        if self.released is None or not isinstance(rule, GaussianRelease):
+            return self.released
+        return self.released.double() * rule.denominator
+
     def counted(
-        self, marks: Literal["kept", "clipped", "detected"], malicious: Sequence[int] | None
+        self, marks: Literal["kept", "clipped", "detected"], malicious: Sequence[int] | None, below: float = inf
     ) -> tuple[int | None, int | None]:
-        """How many rows the rule marked so, and how many of those poisoned this round; None: rows are no clients."""
+        """How many rows of clients below an id the rule marked so, and how many of those poisoned; None: no clients."""
         found: Tensor | None = getattr(self.outcome, marks, None)
         if found is None:
             return None, None
-        marked = {client for client, mark in zip(self.seen.ids, found.tolist(), strict=True) if mark}
+        marked = {client for client, mark in zip(self.seen.ids, found.tolist(), strict=True) if mark and client < below}
         return len(marked), None if malicious is None else len(marked & set(malicious))
 
 
-def _drawn(federation: Federation, state: RunState) -> tuple[tuple[int, ...], RunState]:
-    """Who is asked in this round, and the state that remembers it; the plan's bounds on participation hold here."""
+def _drawn(federation: Federation, state: RunState) -> tuple[tuple[int, ...], tuple[int, ...], RunState]:
+    """Who was sampled, who of them is asked in this round, and the state that remembers it.
+
+    The plan's bounds on participation hold here; canaries whose coin says so are not asked.
+    """
     arm, now, population = federation.arm, state.round, federation.clients.size
     plan, planted = arm.plan, federation.planted
     if plan is not None and plan.source == "secure":
         drawn = drawn_in_secret(arm.sampling, population, now)
     else:
         drawn = arm.sampling.draw(population, federation.seeds.generator("cohort", now), now)
+    cohort = drawn
     if planted is not None:
-        drawn = planted.drawn(arm.sampling, now, plan, drawn)
+        drawn = (*drawn, *planted.drawn(arm.sampling, now, plan))
+        cohort = planted.present(drawn)
     if plan is None or not plan.bounds_participation:
-        return drawn, state
-    cohort, joined = eligible(drawn, state.joined, now, plan.max_participations, plan.bands)
-    return cohort, replace(state, joined=joined)
+        return drawn, cohort, state
+    cohort, joined = eligible(cohort, state.joined, now, plan.max_participations, plan.bands)
+    return drawn, cohort, replace(state, joined=joined)
+
+
+def _gone(federation: Federation, cohort: Sequence[int], now: int) -> dict[str, frozenset[int]]:
+    """Who is lost on the way, by stage."""
+    arm, planted = federation.arm, federation.planted
+    clients = [client for client in cohort if client < federation.clients.size]
+    gone = lost(arm.dropout_rate, arm.channel.client_stages, clients, federation.seeds.generator("dropout", now))
+    return gone if planted is None else planted.lost(gone, arm.dropout_rate, cohort, now)
 
 
 def _shares(federation: Federation, ids: Sequence[int]) -> Tensor:
@@ -295,7 +321,11 @@ class Way:
         self.clients, self.norms, self.failures, self.seconds = state.clients, list[float](), dict[int, str](), 0.0
         self._federation, self._state, self._rule, self._space = federation, state, rule, space
         level = arm.attack.needs if isinstance(arm.attack, UpdateAttack) else Knows.OWN
-        self._known = Knowledge(level, len(cohort), self._imagined, state.model[: federation.learner.d], rule)
+        planted = federation.planted
+        ghosts = planted is not None and planted.canaries.ghost
+        self._hidden_from = federation.clients.size if ghosts else inf  # attackers see no row that is not there
+        seen = sum(client < self._hidden_from for client in cohort)
+        self._known = Knowledge(level, seen, self._imagined, state.model[: federation.learner.d], rule)
         self.weights = _weights(federation, cohort) if arm.folds else {}
         plain = arm.plan is None and not arm.folds and arm.channel.rows(1) is None
         self._spread = Spread() if plain else None
@@ -303,7 +333,7 @@ class Way:
         self._layers = federation.learner.layers
         self._bound = float(state.rule[BOUND]) if BOUND in state.rule else None  # of this round's clip, where it moves
         self._sums = federation.arm.channel.reveals is Reveals.SUM  # elsewhere the server may clip what it opens
-        self._planted = federation.planted
+        self._planted = planted
         self._plain_sum = torch.zeros((), dtype=torch.float64)
         self._summed: set[int] = set()
         self._spread_over: set[int] = set()
@@ -321,7 +351,8 @@ class Way:
         encoded, _ = arm.codecs.encode(rows, {}, seeds.clients("codecs", now, ids))
         if attack is None and (self._known.level > Knows.OWN or self._spread is not None):
             decoded = arm.codecs.decode(encoded, rows.shape[1])[:, :d]
-            self._known.add(decoded, ids)
+            shown = [place for place, client in enumerate(ids) if client < self._hidden_from]
+            self._known.add(decoded[shown], [ids[place] for place in shown])
             if self._spread is not None:
                 seen = self._space.seen(MatrixView(decoded), self._state.model)
                 self._spread.add(seen.block(0, seen.d))
@@ -352,7 +383,7 @@ class Way:
                 rows, _ = self._stepped(ids, rows, self._state.clients)
         return ids, self._guarded(ids, rows, not isinstance(attack, UpdateAttack) or attack.obeys_chain)
 
-    def _planted_rows(self, planted: Planted, ids: Sequence[int]) -> Tensor:
+    def _planted_rows(self, planted: PlantedCanaries, ids: Sequence[int]) -> Tensor:
         """What canaries send of their own, `(k, d + columns)`: clipped, then weighted like clients with many rows.
 
         They declare more examples than any weight may count, so that weights by size alone would show.

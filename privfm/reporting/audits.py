@@ -37,7 +37,7 @@ def audit_answer(experiment: Experiment) -> str:
         text = f"The claim is contradicted in {len(wrong)} of {runs}: {'; '.join(cases)}."
     if rest:
         share, title = max(rest)
-        text += f" Elsewhere at most {share:.2f} of the claim is certified ({title})."
+        text += f" Elsewhere up to {share:.2f} of a claim is certified ({title}), each run at its own confidence."
     return text
 
 
@@ -75,7 +75,7 @@ def audit_table(experiment: Experiment) -> ReportTable | None:
     confidence = sorted({f"{100 * float(audit['bound']['confidence']):g} %" for _, _, audit in found})
     notes = (
         f"At least: a lower bound that holds with {' or '.join(confidence)} confidence, over the canaries' coins and "
-        "the mechanism's; method and number of guesses were fixed by the claim, before the run. It proves no claim, "
+        "the mechanism's; method and numbers of guesses were fixed before the run. It proves no claim, "
         "and cannot pass what is printed as provable with so many guesses.",
         *dict.fromkeys(f"{audit['bound']['method']}: {audit['bound']['assumes']}." for _, _, audit in found
                        if audit["bound"]["assumes"]),

@@ -13,8 +13,8 @@ from torch import Tensor
 from privfm.attacks.audit import GhostCanaries, holm
 from privfm.checks import InvalidArgument
 from privfm.contracts import Spans, Transform
-from privfm.defenses import DPPlan, Mean
-from privfm.defenses.channels import PairwiseMasks
+from privfm.defenses import DPPlan
+from privfm.defenses.channels import CKKS, PairwiseMasks
 from privfm.defenses.privacy.clipping import ClientClip, Flat
 from privfm.defenses.transforms import FixedPoint
 from privfm.engines import Local
@@ -104,7 +104,7 @@ def test_weights_by_data_size_are_found(play):
 def test_a_fixed_cohort_accounted_as_poisson_is_found_and_refused(play):
     fixed = replace(POISSON, sampling="fixed_size")
     found = play(fixed, claimed=POISSON)
-    assert p_values(found)["cohort size spread"] < 1e-6
+    assert p_values(found)["clients: cohort size spread"] < 1e-6
     assert p_values(found)["noise scale"] > 1e-6
     assert play(fixed).alarm == ""
     arm = Arm(cohort=FixedSize(6), plan=POISSON)
@@ -144,6 +144,46 @@ def test_skipped_rounds_leave_no_trace_and_spoil_nothing(federation):
         audited(made, replace(state, audit={**state.audit, "released": torch.full((3, 64), torch.nan)}))
 
 
-def test_the_rule_stays_the_plan_s(federation):
-    made = federation(plan=FULL, audit=Audit(GhostCanaries(8)), rule=Mean())
-    assert made.arm.ghosts == 8
+SOUND = {
+    "a bound on participations, sampled": (replace(POISSON, sample_rate=0.5, max_participations=2), {"until": 8}),
+    "a bound on participations, all": (replace(FULL, max_participations=5), {"until": 12}),
+    "turns that do not come out even": (replace(FULL, sampling="cyclic", sample_rate=0.25), {"until": 6}),
+    "a coarse codec, opened": (FULL, {"transforms": (FixedPoint(1.0, 4),), "until": 4}),
+    "a coarse codec, summed": (FULL, MASKS | {"transforms": (FixedPoint(1.0, 6),)}),
+    "a key holder": (
+        replace(POISSON, place="key_holder", source="secure", sample_rate=0.5),
+        {"channel": CKKS(bound=1.0, clients=400), "m": 64, "until": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_sound_mechanisms_of_all_kinds_are_not_accused(play, case):
+    plan, more = SOUND[case]
+    found = play(plan, **{"m": 400} | more)
+    assert found.alarm == ""
+    assert found.arrived > 0
+    low, high = found.estimate.low, found.estimate.high
+    assert low - 0.3 * found.claimed < found.claimed < high + 0.3 * found.claimed
+
+
+def test_clients_that_are_sampled_otherwise_than_canaries_are_found(federation):
+    made = federation(engine=Local(256), plan=POISSON, audit=Audit(GhostCanaries(M)))
+    state = list(rounds(made, ROUNDS, evaluate_every=ROUNDS))[-1].state
+    fixed = {**state.audit, "clients": torch.full((ROUNDS,), 6)}
+    assert p_values(audited(made, replace(state, audit=fixed)))["clients: cohort size spread"] < 1e-6
+    twice = {**state.audit, "clients": 2 * state.audit["clients"]}
+    assert "clients: sampling rate" in audited(made, replace(state, audit=twice)).alarm
+
+
+def test_what_protects_more_than_claimed_contradicts_nothing(play):
+    found = play(replace(FULL, noise_multiplier=2 * FULL.noise_multiplier), claimed=FULL)
+    assert found.alarm == "" and "noise scale 2" in found.safer
+    found = play(replace(FULL, max_grad_norm=FULL.max_grad_norm / 2, noise_multiplier=8.0), claimed=FULL)
+    assert found.alarm == "" and "mean shift 0.5" in found.safer
+
+
+def test_where_no_canary_arrives_nothing_was_audited(play):
+    found = play(FULL, m=64, until=2, dropout_rate=0.999999)
+    assert found.alarm == "no canary reached a release: nothing was audited"
+    assert found.arrived == 0 < found.expected

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from privfm.attacks import ALIE
 from privfm.attacks.audit import GhostCanaries, RandomDirections
 from privfm.attacks.reconstruction import AttentionPursuit, CuriousServer
 from privfm.checks import InvalidArgument
@@ -21,7 +22,7 @@ from privfm.defenses.privacy.integer_noise import IntegerNoise
 from privfm.defenses.transforms import FixedPoint
 from privfm.engines import Local
 from privfm.federation import Arm, Federation, FixedSize, Population, load, play, problems, rounds, save, start
-from privfm.federation.canaries import Audit, Kept, Planted
+from privfm.federation.canaries import Audit, Kept, PlantedCanaries
 from privfm.randomness import Seeds
 
 CLIENTS, D, C, M = 20, 6, 0.5, 64
@@ -92,16 +93,32 @@ def test_ghosts_arrive_as_the_clip_and_nobody_else_is_there():
     silent = replace(PLAN, noise_multiplier=0.0)
     run = federation(GHOSTS, silent)
     kept = Kept.read(played(run).audit)
-    included = Planted.of(GHOSTS, CLIENTS, run.seeds).included
+    included = PlantedCanaries.of(GHOSTS, CLIENTS, run.seeds).included
     assert 16 < int(included.sum()) < 48
     assert kept.sent.equal(included.expand(3, M))
     torch.testing.assert_close(kept.released, C * kept.sent.float(), rtol=1e-4, atol=1e-6)
-    assert kept.units.tolist() == [[CLIENTS, M]] * 3
+    assert kept.clients.tolist() == [CLIENTS] * 3
+    assert kept.drawn.all()
 
 
-def test_the_model_is_the_same_with_and_without_ghosts():
-    silent = replace(PLAN, noise_multiplier=0.0)
-    torch.testing.assert_close(played(federation(GHOSTS, silent)).model, played(federation(None, silent)).model)
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_the_model_is_the_same_with_and_without_ghosts(noise):
+    plan = replace(PLAN, noise_multiplier=noise)
+    torch.testing.assert_close(played(federation(GHOSTS, plan)).model, played(federation(None, plan)).model)
+
+
+def test_neither_drop_outs_nor_attackers_nor_records_notice_ghosts():
+    plan = replace(PLAN, noise_multiplier=0.0)
+    changed = {
+        "dropped": {"dropout_rate": 0.15, "channel": PairwiseMasks(clients=128, dropouts=0.4), "transforms": (FixedPoint(1.0, 22),)},
+        "attacked": {"attack": ALIE(statistics="honest"), "malicious": (0, 1, 2, 3)},
+    }
+    for arm in changed.values():
+        with_ghosts, without = federation(GHOSTS, plan, **arm), federation(None, plan, **arm)
+        torch.testing.assert_close(played(with_ghosts).model, played(without).model, rtol=1e-3, atol=1e-5)
+        _, seen = play(with_ghosts, start(with_ghosts))
+        _, plain = play(without, start(without))
+        assert (seen.sampled, seen.arrived, seen.kept) == (plain.sampled, plain.arrived, plain.kept)
 
 
 def test_the_noise_on_ghosts_is_the_plan_s():
@@ -117,16 +134,16 @@ def test_poisson_canaries_join_at_the_plan_s_rate_whether_or_not_they_are_in():
     plan = replace(PLAN, sampling="poisson", sample_rate=0.2)
     run = federation(Audit(GhostCanaries(1000)), plan)
     kept = Kept.read(played(run, 10).audit)
-    clients, canaries = kept.units.double().mean(0).tolist()
+    clients, canaries = float(kept.clients.double().mean()), float(kept.drawn.sum(1).double().mean())
     assert abs(clients - 4) < 4 * (20 * 0.16 / 10) ** 0.5
     assert abs(canaries - 200) < 4 * (1000 * 0.16 / 10) ** 0.5
-    included = Planted.of(run.arm.audit, CLIENTS, run.seeds).included
+    included = PlantedCanaries.of(run.arm.audit, CLIENTS, run.seeds).included
     assert not kept.sent[:, ~included].any()
     assert abs(float(kept.sent[:, included].double().mean()) - 0.2) < 4 * (0.16 / 5000) ** 0.5
     plain = federation(None, plan)
     for now in range(3):  # the same clients in the same rounds
         state = replace(start(run), round=now)
-        assert play(run, state)[0].audit["units"][0, 0] == play(plain, replace(start(plain), round=now))[1].sampled
+        assert play(run, state)[0].audit["clients"][0] == play(plain, replace(start(plain), round=now))[1].sampled
 
 
 @pytest.mark.parametrize(
@@ -169,12 +186,13 @@ def test_canaries_that_train_are_clients_like_others():
     audit = Audit(Clones(M))
     run = federation(audit, None)
     state = played(run, 8)
-    included = Planted.of(audit, CLIENTS, run.seeds).included
+    included = PlantedCanaries.of(audit, CLIENTS, run.seeds).included
     asked = {client - CLIENTS for client in run.learner.asked if client >= CLIENTS}
     assert asked and asked <= set(included.nonzero()[:, 0].tolist())
     kept = Kept.read(state.audit)
     assert kept.released.shape == (8, 0)
-    assert kept.units.sum(1).tolist() == [5] * 8
+    assert kept.clients.tolist() == [5] * 8
+    assert 4 < float(kept.drawn.sum(1).double().mean()) < 32  # each canary joins as often as a client: 16 on average
     assert set(kept.sent.any(0).nonzero()[:, 0].tolist()) == asked
 
 
@@ -187,17 +205,18 @@ def test_an_interrupted_run_keeps_the_same(tmp_path):
         assert value.equal(resumed.audit[name])
 
 
-def test_a_skipped_round_of_a_plan_still_releases_and_nobody_was_in_it():
-    plan = replace(PLAN, sampling="poisson", sample_rate=0.01)
-    run = federation(Audit(GhostCanaries(8)), plan)
+def test_a_round_that_fails_under_a_plan_still_releases_and_nobody_was_in_it():
+    run = federation(Audit(GhostCanaries(8)), dropout_rate=0.999999)
     kept = Kept.read(played(run, 6).audit)
     assert kept.released.isfinite().all() and kept.released.shape == (6, 8)
+    assert kept.drawn.all() and not kept.sent.any()
 
 
 def test_bounds_on_participation_hold_for_canaries_too():
     plan = replace(PLAN, sampling="poisson", sample_rate=0.5, max_participations=2)
     kept = Kept.read(played(federation(Audit(GhostCanaries(100)), plan), 12).audit)
     assert int(kept.sent.sum(0).max()) == 2
+    assert 4 < float(kept.drawn.sum(0).double().mean()) < 8  # drawn as if there were no bound
 
 
 @pytest.mark.parametrize(
@@ -215,12 +234,27 @@ def test_bounds_on_participation_hold_for_canaries_too():
             {"plan": replace(PLAN, sampling="cyclic", sample_rate=0.25, bands=4, max_participations=2)},
             "correlates their noise",
         ),
-        ({"server_attack": CuriousServer(AttentionPursuit())}, "add columns to every row"),
+        ({"channel": PairwiseMasks(clients=20), "transforms": (FixedPoint(1.0, 20),)}, "head-room for a sum of 20"),
+        ({"plan": replace(PLAN, sampling="fixed_size", sample_rate=0.05)}, "64 canaries is no whole number"),
+        ({"server_attack": CuriousServer(AttentionPursuit())}, "is scored with the clients there are"),
     ],
-    ids=["no plan", "local", "distributed", "per layer", "simulated", "bands", "server attack"],
+    ids=["no plan", "local", "distributed", "per layer", "simulated", "bands", "masks", "fixed", "server attack"],
 )
 def test_what_ghosts_cannot_audit_is_refused(change, message):
     arm = federation(GHOSTS, **change).arm
+    assert any(message in problem.what for problem in problems(arm, D, CLIENTS))
+
+
+@pytest.mark.parametrize(
+    ("claimed", "message"),
+    [
+        (replace(PLAN, sampling="cyclic", sample_rate=0.25, bands=4, max_participations=2), "correlates their noise"),
+        (replace(PLAN, place="local"), "place='local'"),
+    ],
+    ids=["bands", "local"],
+)
+def test_what_is_claimed_is_judged_like_what_is_played(claimed, message):
+    arm = federation(replace(GHOSTS, claimed=claimed)).arm
     assert any(message in problem.what for problem in problems(arm, D, CLIENTS))
 
 

@@ -173,7 +173,8 @@ def test_a_p_value_is_never_zero(value: float, text: str) -> None:
 def test_the_answer_names_who_is_contradicted_and_what_is_certified_elsewhere(experiment: Experiment) -> None:
     assert audit_answer(experiment) == (
         "The claim is contradicted in 1 of 4 audited runs: Halved noise (epsilon is at least 5, claimed is 4; noise "
-        "scale 0.499, claimed 1). Elsewhere at most 0.62 of the claim is certified (Ghosts, epsilon 4)."
+        "scale 0.499, claimed 1). Elsewhere up to 0.62 of a claim is certified (Ghosts, epsilon 4), "
+        "each run at its own confidence."
     )
 
 

@@ -19,16 +19,16 @@ from privfm.contracts.audit import check_count
 class GhostCanaries(Canaries):
     """Canary j fills column j of `count` columns that everybody else leaves at zero; the model never sees them.
 
-    They go through everything an update goes through up to the release: clip, weight, channel, noise. The model's own
-    columns of a canary are zero, so that no accuracy is lost, however many there are; no two canaries meet in a
-    column, so that nobody's trace is blurred by another's. What they audit is the mechanism; what the model's path
-    (local training, later rounds) adds or hides is for canaries in the model.
+    They go through clip, weight, codecs, channel and noise up to the release, and not through client steps before the
+    clip. The model's own columns of a canary are zero, so that no accuracy is lost, however many there are; no two
+    canaries meet in a column, so that nobody's trace is blurred by another's. What they audit is the mechanism; what
+    the model's path (local training, later rounds) adds or hides is for canaries in the model.
 
     They are sent at `size` times the clip, and must arrive as the clip: a forgotten clip shows as a shift `size` times
     too large. At `size=1` it would not show.
 
-    Cost: 4 `count` bytes more in every update; a row of a canary is `d + count` values, so a caller with many of them
-    asks for few at a time.
+    Cost: `count` values more in every update, 4 bytes each in the clear; a row of a canary is `d + count` values, so a
+    caller with many of them asks for few at a time.
 
     Args:
       count: of canaries, at least 8.

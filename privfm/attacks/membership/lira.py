@@ -57,7 +57,7 @@ class LiRA(MembershipAttack):
 
     Where every example lies in exactly half of the models, its count among the others tells the left-out model's own
     flag, and the two Gaussians know their means unequally well: on pure noise, models attacked in turn online with a
-    global variance have an AUC of 0.491 with 16 models and 0.472 with 8 (0.499 with 64; six seeds of 4,000 examples).
+    global variance have an AUC of 0.490 with 16 models and 0.477 with 8 (0.500 with 64; 4,000 examples, seeds 20-25).
     Independent coins mend that from 16 models on (0.498); with 8, leaving out examples that too few models know bends
     the counts again. Offline it does not arise (0.500).
 

@@ -38,6 +38,7 @@ class GaussianRelease(Rule):
       active: `(d,)` bool, what is trained in this round; None: everything. Nothing else is noised.
       noised_elsewhere: the sum arrives noised, by who decrypted it; only an empty round, of which nobody decrypts
         anything, is noised here: else a round without noise would tell that nobody was sampled.
+      ghosts: last columns, an audit's: seeded noise on the others is that of a run without them.
 
     Source: McMahan et al., "Learning differentially private recurrent language models", 2018, section 2.2
     (the fixed-denominator estimator); for bands see `correlated_noise`.
@@ -50,6 +51,7 @@ class GaussianRelease(Rule):
     source: NoiseSource = "seeded"
     active: Tensor | None = None
     noised_elsewhere: bool = False
+    ghosts: int = 0
 
     def __post_init__(self) -> None:
         non_negative("noise_multiplier", self.noise_multiplier)
@@ -85,7 +87,10 @@ class GaussianRelease(Rule):
         return state, Outcome((noisy / self.denominator).to(total), _weights(view, self.denominator))
 
     def _noised(self, total: Tensor, generator: Generator, terms: int) -> Tensor:
-        return noised(total, self.noise_multiplier, self.sensitivity, self.source, generator, terms)
+        ghosts = self.ghosts if self.source == "seeded" else 0  # what nobody can draw again has no order to keep
+        parts = torch.split(total, [len(total) - ghosts, ghosts]) if ghosts else (total,)
+        noise, length = self.noise_multiplier, self.sensitivity
+        return torch.cat([noised(part, noise, length, self.source, generator, terms) for part in parts])
 
 
 @final

@@ -210,13 +210,28 @@ def plan_members(
     return members(mechanism, times, plan.delta, strengths)
 
 
-def estimated_epsilon(plan: DPPlan, rounds: int, noise_multiplier: float) -> float:
-    """The epsilon that a plan for clients would have after `rounds` at a noise multiplier measured from outside.
+def released_epsilon(plan: DPPlan, rounds: int, d: int | None = None) -> float:
+    """What a plan for clients claims against who sees released models; where it claims nothing there, the first record.
 
-    An estimate: it takes sampling, clip and everything else as claimed.
+    Args:
+      plan: for whole clients.
+      rounds: that were played.
+      d: trained values; needed for distributed noise.
+    """
+    records = {record.adversary: record.epsilon for record in plan.records(rounds, d=d)}
+    return records.get("released_model", next(iter(records.values())))
+
+
+def estimated_epsilon(plan: DPPlan, rounds: int, noise_multiplier: float) -> float:
+    """`released_epsilon` of a plan at a noise multiplier that was measured from outside: no bound.
+
+    Args:
+      plan: for whole clients.
+      rounds: that were played.
+      noise_multiplier: measured.
     """
     positive("noise_multiplier", noise_multiplier)
-    return replace(plan, noise_multiplier=noise_multiplier).epsilon(rounds)
+    return released_epsilon(replace(plan, noise_multiplier=noise_multiplier), rounds)
 
 
 def _fixed_size(mechanism: SampledGaussian) -> bool:
