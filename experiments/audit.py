@@ -88,8 +88,8 @@ CAP = 32
 
 NOTES = (
     "One run an arm; arms of one seed share coins and draws of noise, so that they are lucky together. At least: "
-    "certified, at 95 % confidence each. The estimate is none: it leans on what is said under the table. Neither proves "
-    "a claim.",
+    "certified, at 95 % confidence each. The estimate is none: it leans on what is said under the table. Neither is "
+    "proof of a claim.",
     "Canaries are clients more, in by a coin each: audited is the mechanism over clients and canaries together, with "
     "the claimed noise, clip and sampling, and the denominator of the clients alone.",
     "Ghosts fill columns of their own, which the model never sees: they audit the mechanism alone, and cost bytes, no "

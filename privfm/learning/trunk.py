@@ -133,11 +133,20 @@ class Trunk:
 
 @final
 class Activations:
-    """Activations of all examples of a table, without their padding: `(sum of lengths, h)` in one flat tensor."""
+    """Activations of all examples of a table, without their padding: `(sum of lengths, h)` in one flat tensor.
+
+    Args:
+      flat: the activations, on the CPU.
+      lengths: `(n,)` tokens of each example.
+    """
 
     def __init__(self, flat: Tensor, lengths: Tensor) -> None:
-        self._flat, self._lengths = flat, lengths.tolist()
-        self._begins = (lengths.cumsum(0) - lengths).tolist()
+        self.flat, self._sizes, self._starts = flat, lengths, lengths.cumsum(0) - lengths
+        self._lengths, self._begins = lengths.tolist(), self._starts.tolist()
+        self.projections: Any = None  # what batched training keeps beside them, for whoever trains next
+
+    def __len__(self) -> int:
+        return len(self._lengths)
 
     @classmethod
     def of(
@@ -172,16 +181,26 @@ class Activations:
         """Activations of the examples at `rows (b,)`, padded with zeros to `width` tokens (None: the longest)."""
         if width is None:
             width = max(self._lengths[row] for row in rows.tolist())
-        padded = torch.zeros(len(rows), width, self._flat.shape[1])
+        padded = torch.zeros(len(rows), width, self.flat.shape[1])
         for i, row in enumerate(rows.tolist()):
             begin, length = self._begins[row], self._lengths[row]
-            padded[i, :length] = self._flat[begin : begin + length]
+            padded[i, :length] = self.flat[begin : begin + length]
         return padded
+
+    def slice(self, row: int) -> slice:
+        """Where an example's tokens are in `flat`."""
+        return slice(self._begins[row], self._begins[row] + self._lengths[row])
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Places in `flat` of the tokens of the examples at `rows (b,)`, example after example: `(sum of lengths,)`."""
+        lengths = self._sizes[rows]
+        ends = lengths.cumsum(0)
+        return torch.arange(int(ends[-1])) + (self._starts[rows] - ends + lengths).repeat_interleave(lengths)
 
     def _put(self, places: Tensor, activations: Tensor) -> None:
         for place, row in zip(places.tolist(), activations, strict=True):
             begin, length = self._begins[place], self._lengths[place]
-            self._flat[begin : begin + length] = row[:length]
+            self.flat[begin : begin + length] = row[:length]
 
 
 def _mapped(path: Path, size: tuple[int, int]) -> Tensor:

@@ -25,7 +25,6 @@ from privfm.learning import (
 )
 from privfm.learning.batched import prepared, problems
 from privfm.learning.batched.dropout import dropped_out, keep_mask, split
-from privfm.learning.batched.layers import Groups
 from privfm.learning.batched.packing import Packing, running
 from privfm.learning.trunk import block_stack
 from privfm.randomness import Seeds
@@ -332,7 +331,7 @@ def test_packed_tokens_whatever_the_models_own_attention(kind: str) -> None:
         running.get()
 
 
-# Packing, groups, dropout
+# Packing, dropout
 
 
 def test_packing_there_and_back() -> None:
@@ -350,17 +349,6 @@ def test_packing_there_and_back() -> None:
     assert torch.equal(packing.unpack_first(packing.first(packed))[:, 0], x[:, 0])
     with pytest.raises(ValueError, match="3 examples of 5 tokens"):
         packing.pack(torch.zeros(2, 5, 2))
-
-
-@pytest.mark.parametrize("group", [[0, 0, 1, 3], [0, 1, 2, 3], [2, 2, 2, 2]])
-def test_groups_there_and_back(group: list[int]) -> None:
-    groups = Groups(torch.tensor(group), 4)
-    x = torch.arange(8.0).view(4, 2) + 1
-    spread = groups.spread(x)
-    assert torch.equal(groups.collect(spread), x)
-    assert spread.shape[0] == 4 and float(spread.sum()) == float(x.sum())
-    for place, own in enumerate(group):
-        assert (x[place] == spread[own]).all(1).any()
 
 
 def test_splitmix64_as_published() -> None:

@@ -26,6 +26,7 @@ from privfm.learning.batched.patches import (
     trained_forwards,
     transformers_models,
 )
+from privfm.learning.batched.projections import Met, Projections
 from privfm.learning.private_steps import check_moved, drawn_batches
 from privfm.learning.training import Descent
 
@@ -38,6 +39,10 @@ TOKENS = {"cpu": 2048, "cuda": 16384}
 """Real tokens a pass by default. On one CPU thread all-MiniLM-L6 gains nothing beyond 1,000 (measured)."""
 _GRADIENTS = 1 << 26
 """Most numbers in one pass's matrix of gradients (float32: 256 MiB); counts when every example has a row."""
+
+_MUCH = 16
+"""Examples of a client in a pass, on average, from which on clients come one by one: with fewer, attention in parts of
+a few examples would take longer than what is saved."""
 
 
 @final
@@ -91,9 +96,13 @@ class _Terms:
         """Tokens of a row's example."""
         return self.clients[row.client].lengths[row.example]
 
-    def by_length(self, rows: list[_Row]) -> list[_Row]:
-        """Shortest first: attention pads neighbours to one another."""
-        return sorted(rows, key=self.length)
+    def ordered(self, rows: list[_Row]) -> list[_Row]:
+        """Shortest first: attention pads neighbours to one another. Clients with much in a pass come one by one.
+
+        A client's own weights then act on a slice of the tokens, without moving any.
+        """
+        alone = len(rows) >= _MUCH * len({row.client for row in rows})
+        return sorted(rows, key=lambda row: (row.client if alone else 0, self.length(row)))
 
 
 @final
@@ -130,6 +139,14 @@ class BatchedDescent:
         self._known = bench.trunk is not None and not dropout
         cut = bench.first if self._known else 0
         forwards = trained_forwards(bench.module, trained, self._running, dropout)
+        # On a GPU a product is cheaper than its way there.
+        exact = autocast is None and self._frozen_dtype == torch.float32
+        self._projects = self._known and exact and bench.device.type == "cpu" and cut < len(blocks)
+        if self._projects:
+            if bench.activations.projections is None:
+                bench.activations.projections = Projections(bench.activations)
+            parts = [part for part in blocks[cut].modules() if part not in forwards]
+            forwards |= bench.activations.projections.forwards(parts, self._running)
         narrowed: dict[nn.Module, Forward] = {}
         if first_token is not None:
             forwards |= first_token.forwards(forwards, self._running)
@@ -210,12 +227,12 @@ class BatchedDescent:
         found: Tensor | None = None
         with self._lent(), torch.no_grad():
             for rows in self._passes(terms, 0, private=False):
-                batch, packing, known = self._opened(terms, rows)
+                batch, packing, known, met = self._opened(terms, rows)
                 labels, alone = batch.labels.to(weights.device), torch.zeros(len(rows), dtype=torch.int64)
                 places = torch.tensor([row.example for row in rows])
                 for place, own in enumerate(weights):
                     run = Pass(self._bench.layout, own[None], alone.to(own.device), packing, wanted=terms.wanted)
-                    run.known = known
+                    run.known, run.met = known, met
                     with self._at_work(run):
                         part = score(self._logits(batch), labels).cpu()
                     if found is None:
@@ -273,7 +290,7 @@ class BatchedDescent:
         return total.to(weights)
 
     def _passes(self, terms: _Terms, now: int, private: bool) -> Iterator[list[_Row]]:
-        """The rows of a step in passes of at most `tokens` tokens, each sorted by length; a row of more goes alone."""
+        """The rows of a step in passes of at most `tokens` tokens, each ordered; a row of more goes alone."""
         most = max(1, _GRADIENTS // self._bench.layout.d) if private else self._tokens
         part: list[_Row] = []
         used = 0
@@ -282,17 +299,17 @@ class BatchedDescent:
                 break
             whole = sum(client.lengths[example] for example in client.batches[now].tolist())
             if part and used + whole > self._tokens >= whole:  # rather than cut it in two
-                yield terms.by_length(part)
+                yield terms.ordered(part)
                 part, used = [], 0
             for position, example in enumerate(client.batches[now].tolist()):
                 length = client.lengths[example]
                 if part and (used + length > self._tokens or len(part) >= most):
-                    yield terms.by_length(part)
+                    yield terms.ordered(part)
                     part, used = [], 0
                 part.append(_Row(place, position, example))
                 used += length
         if part:
-            yield terms.by_length(part)
+            yield terms.ordered(part)
 
     def _pass(
         self, terms: _Terms, weights: Tensor, now: int, rows: list[_Row], scale: Tensor | None
@@ -304,7 +321,7 @@ class BatchedDescent:
         device = weights.device
         first, last = min(row.client for row in rows), max(row.client for row in rows)
         of = torch.tensor([row.client for row in rows])
-        examples, packing, known = self._opened(terms, rows)
+        examples, packing, known, met = self._opened(terms, rows)
         keys = None
         if self._dropout:
             steps = torch.tensor([client.key for client in terms.clients])[of]
@@ -313,19 +330,21 @@ class BatchedDescent:
             self._bench.layout, weights[first : last + 1], (of - first).to(device), packing,
             wanted=terms.wanted, private=scale is None, keys=keys,
         )  # fmt: skip
-        run.known = known
+        run.known, run.met = known, met
         self._forward_backward(run, examples, torch.ones(len(rows)) if scale is None else scale)
         return first, run.gradients
 
-    def _opened(self, terms: _Terms, rows: list[_Row]) -> tuple[Examples, Packing, Tensor | None]:
+    def _opened(self, terms: _Terms, rows: list[_Row]) -> tuple[Examples, Packing, Tensor | None, Met | None]:
         """The examples of some rows as one batch, how their tokens are packed, and what is known of them."""
         bench, examples = self._bench, _gathered(rows, terms.clients)
         lengths = torch.tensor([terms.length(row) for row in rows])
         packing = Packing(lengths.to(bench.device), int(lengths.max()))
         if not self._known or examples.rows is None:
-            return examples, packing, None
-        padded = bench.activations.batch(examples.rows, packing.width).to(bench.device)
-        return examples, packing, packing.pack(padded.to(self._frozen_dtype))
+            return examples, packing, None, None
+        places = bench.activations.places(examples.rows)
+        require(len(places) == packing.tokens, f"{packing.tokens} tokens, of which {len(places)} are known")
+        known = bench.activations.flat.index_select(0, places)[None].to(bench.device, self._frozen_dtype)
+        return examples, packing, known, Met(examples.rows.tolist(), places) if self._projects else None
 
     def _forward_backward(self, run: Pass, examples: Examples, scale: Tensor) -> None:
         """Fills in a pass's gradients of `sum(scale * losses)`."""

@@ -19,7 +19,14 @@ from torch.nn.functional import linear
 from privfm.checks import require
 from privfm.learning.batched.dropout import dropped_out, split
 from privfm.learning.batched.packing import AttentionPass, Packing
+from privfm.learning.batched.projections import Met
 from privfm.vectors import Layout
+
+_LARGE = 128
+"""Elements of a group, on average, from which on it has a product of its own."""
+
+Arranged = Tensor | tuple[Tensor, ...]
+"""Elements by group: padded to the largest in one tensor, or a slice each."""
 
 
 @final
@@ -38,19 +45,43 @@ class Groups:
         begins = (sizes.cumsum(0) - sizes)[group[order]]
         ranks = torch.empty_like(order).index_copy_(0, order, torch.arange(len(group), device=group.device) - begins)
         self._places = group * self.width + ranks
+        neighbours = bool((group[1:] >= group[:-1]).all())
         # Neighbours throughout and alike in size: nothing to move.
-        self._still = len(group) == count * self.width and bool((group[1:] >= group[:-1]).all())
+        self._still = len(group) == count * self.width and neighbours
+        # Neighbours throughout and large: a product each costs less than moving their elements together. A GPU rather
+        # moves them than begin many products.
+        apart = neighbours and not self._still and len(group) >= count * _LARGE and group.device.type == "cpu"
+        self._sizes: list[int] | None = sizes.tolist() if apart else None
 
-    def spread(self, x: Tensor) -> Tensor:
-        """`(m, n)` -> `(count, width, n)`, zero where a group is smaller."""
+    def arranged(self, x: Tensor) -> Arranged:
+        """`(m, n)` by group: `(count, width, n)`, zero where a group is smaller, or a slice for each group."""
+        if self._sizes is not None:
+            return x.split_with_sizes(self._sizes)
         if not self._still:
             x = x.new_zeros(self.count * self.width, x.shape[1]).index_copy_(0, self._places, x)
         return x.reshape(self.count, self.width, -1)
 
-    def collect(self, x: Tensor) -> Tensor:
-        """`(count, width, n)` -> `(m, n)`."""
-        x = x.flatten(0, 1)
-        return x if self._still else x.index_select(0, self._places)
+    def times(self, x: Arranged, matrices: Tensor) -> Tensor:
+        """Every group's elements times its own of `matrices (count, n, p)`: `(m, p)`, in the order of the elements."""
+        if isinstance(x, Tensor):
+            product = torch.bmm(x, matrices).flatten(0, 1)
+            return product if self._still else product.index_select(0, self._places)
+        result = matrices.new_empty(len(self.group), matrices.shape[2])
+        for own, matrix, into in zip(x, matrices, self.arranged(result), strict=True):
+            torch.mm(own, matrix, out=into)
+        return result
+
+    def add_products(self, into: Tensor, y: Arranged, x: Arranged) -> None:
+        """Adds `y^T x` of every group's elements to its own of `into (count, p, n)`; y and x are of `arranged`."""
+        if isinstance(y, Tensor) and isinstance(x, Tensor):
+            into.baddbmm_(y.mT, x)
+            return
+        for total, left, right in zip(into, y, x, strict=True):
+            total.addmm_(left.mT, right)
+
+    def add_sums(self, into: Tensor, y: Arranged) -> None:
+        """Adds the sum of every group's elements to its row of `into (count, p)`; y is of `arranged`."""
+        into.add_(y.sum(1) if isinstance(y, Tensor) else torch.stack([own.sum(0) for own in y]))
 
 
 @final
@@ -71,6 +102,7 @@ class Pass:
       written: names of what got a gradient.
       anchor: what the backward pass differentiates; it makes every trained layer part of the graph.
       known: `(1, N, h)` activations below the first trained block; None: they are computed.
+      met: whose they are in the table, where products with them are kept; None: they are not.
       attention: what attention knows.
       others: `(1, N, h)` what the last block's keys and values are computed from while it sees first tokens only.
     """
@@ -87,6 +119,7 @@ class Pass:
         self.written: set[str] = set()
         self.anchor = weights.new_zeros((), requires_grad=True)
         self.known: Tensor | None = None
+        self.met: Met | None = None
         self.others: Tensor | None = None
         self.attention = AttentionPass(packing)
         self._groups: dict[tuple[str, bool], Groups] = {}
@@ -202,19 +235,18 @@ class _Grouped(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.place = place
         groups = place.clients
-        return groups.collect(torch.bmm(groups.spread(x), weight.mT))
+        return groups.times(groups.arranged(x), weight.mT)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         place: _Place = ctx.place
         groups, finer = place.clients, place.gradients
-        given = groups.spread(gradient)
-        through = groups.collect(torch.bmm(given, weight)) if ctx.needs_input_grad[0] else None
+        given = groups.arranged(gradient)
+        through = groups.times(given, weight) if ctx.needs_input_grad[0] else None
         into = place.now.receive(place.name)
         if into is not None:
-            given = given if finer is groups else finer.spread(gradient)
-            into.baddbmm_(given.mT, finer.spread(x))
+            finer.add_products(into, given if finer is groups else finer.arranged(gradient), finer.arranged(x))
         return through, gradient.new_zeros(()), None, None
 
 
@@ -231,7 +263,7 @@ class _Shifted(torch.autograd.Function):
         place: _Place = ctx.place
         into = place.now.receive(place.name)
         if into is not None:
-            into.add_(place.gradients.spread(gradient).sum(1))
+            place.gradients.add_sums(into, place.gradients.arranged(gradient))
         return gradient, gradient.new_zeros(()), None, None
 
 
@@ -254,8 +286,8 @@ def lora_forward(module: Any, name: str, number: int, now: Any) -> Any:
         run: Pass = now()
         with torch.autocast(x.device.type, enabled=False):
             low = run.linear(run.dropout(x.to(down.dtype), rate, number), down, None, (names[0], ""))
-            change = run.linear(low, up, None, (names[1], ""))
-            result: Tensor = (base + change * scaling).to(base.dtype)
+            change = run.linear(low * scaling, up, None, (names[1], ""))  # r columns are scaled rather than all
+            result: Tensor = (base + change).to(base.dtype)
             return result
 
     return forward

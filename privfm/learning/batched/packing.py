@@ -57,6 +57,54 @@ class _Collect(torch.autograd.Function):
         return gradient.new_zeros((ctx.size, *gradient.shape[1:])).index_copy_(0, index, gradient), None
 
 
+class _ToParts(torch.autograd.Function):
+    """Packed tokens `(N, h)` to every part's padded examples `(R * T, h)`.
+
+    Padding repeats the first token of its own example: finite where the example is, and one gather, where zeros would
+    be filled in and then written over. What flows back to padding is never read.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: list[Packing]) -> tuple[Tensor, ...]:
+        ctx.parts = parts
+        split = torch.split(x, [part.tokens for part in parts])
+        return tuple(
+            own if part.full else own.index_select(0, part.padded) for part, own in zip(parts, split, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return _real(ctx.parts, gradients), None
+
+
+class _FromParts(torch.autograd.Function):
+    """Every part's padded examples `(R * T, h)` to packed tokens `(N, h)`; back, padding gets zero."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: list[Packing], *padded: Tensor) -> Tensor:
+        ctx.parts = parts
+        return _real(parts, padded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        split = torch.split(gradient, [part.tokens for part in ctx.parts])
+        return None, *(
+            own if part.full else own.index_select(0, part.padded).index_fill_(0, part.holes, 0.0)
+            for part, own in zip(ctx.parts, split, strict=True)
+        )
+
+
+def _real(parts: list[Packing], padded: tuple[Tensor, ...]) -> Tensor:
+    """The real tokens of all parts, written to their place at once."""
+    result = padded[0].new_empty(sum(part.tokens for part in parts), padded[0].shape[1])
+    for part, own, into in zip(parts, padded, torch.split(result, [part.tokens for part in parts]), strict=True):
+        if part.full:
+            into.copy_(own)
+        else:
+            torch.index_select(own, 0, part.index, out=into)
+    return result
+
+
 def spread(x: Tensor, index: Tensor, size: int) -> Tensor:
     """`x (m, ...)` to the unique places `index (m,)` of `(size, ...)` zeros."""
     result: Tensor = _Spread.apply(x, index, size)  # type: ignore[no-untyped-call]  # torch's own
@@ -81,14 +129,19 @@ class Packing:
       index: `(N,)` places of the real tokens among R * T.
       owners: `(N,)` example of each real token.
       starts: `(R,)` place of each example's first token among N.
+      padded: `(R * T,)` place among N of each token, of its example's first where there is none.
+      holes: places among R * T where there is no token.
     """
 
     def __init__(self, lengths: Tensor, width: int) -> None:
         self.rows, self.width, self._lengths = len(lengths), width, lengths
-        real = torch.arange(width, device=lengths.device) < lengths[:, None]
+        places = torch.arange(width, device=lengths.device)
+        real = places < lengths[:, None]
         self.index = real.flatten().nonzero().squeeze(1)
         self.owners = torch.arange(self.rows, device=lengths.device).repeat_interleave(lengths)
         self.starts = lengths.cumsum(0) - lengths
+        self.padded = (self.starts[:, None] + places * real).flatten()
+        self.holes = (~real).flatten().nonzero().squeeze(1)
         self.tokens = len(self.index)
         self.full = self.tokens == self.rows * width
         self._parts: list[Packing] = []
@@ -138,10 +191,20 @@ class Packing:
         places = torch.arange(self.rows, device=x.device) * self.width
         return spread(x[0], places, self.rows * self.width).view(self.rows, self.width, -1)
 
-    def heads(self, x: Tensor) -> Tensor:
-        """`(1, heads, N, width)`, as attention gets it, -> `(R, heads, T, width)`."""
-        unpacked = self.unpack(x.transpose(1, 2).flatten(2))
-        return unpacked.view(self.rows, self.width, x.shape[1], -1).transpose(1, 2)
+    def to_parts(self, x: Tensor) -> list[Tensor]:
+        """`(1, heads, N, width)`, as attention gets it, -> `(R, heads, T, width)` of every part, padded by `padded`."""
+        flat = x.transpose(1, 2).flatten(2)[0]
+        found: tuple[Tensor, ...] = _ToParts.apply(flat, self.parts)  # type: ignore[no-untyped-call]  # torch's own
+        return [
+            own.view(part.rows, part.width, x.shape[1], -1).transpose(1, 2)
+            for part, own in zip(self.parts, found, strict=True)
+        ]
+
+    def from_parts(self, mixed: list[Tensor]) -> Tensor:
+        """`(R, heads, T, width)` of every part -> `(1, N, heads, width)`."""
+        padded = [own.transpose(1, 2).flatten(2).flatten(0, 1) for own in mixed]
+        flat: Tensor = _FromParts.apply(self.parts, *padded)  # type: ignore[no-untyped-call]  # torch's own
+        return flat.view(1, self.tokens, mixed[0].shape[1], -1)
 
 
 @final
@@ -194,33 +257,26 @@ def packed_attention(
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     first = now.keys is not None and now.values is not None  # one query an example, the first token's
     require(not (causal and first), "the first token of a causal model sees no other")
-    parts, heads = now.packing.parts, key.shape[1]
+    packing, heads = now.packing, key.shape[1]
     if now.keys is not None and now.values is not None:
         key, value = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (now.keys, now.values))
-    tokens = [part.tokens for part in parts]
-    queries = torch.split(query, [part.rows for part in parts] if first else tokens, 2)
-    keys, values = torch.split(key, tokens, 2), torch.split(value, tokens, 2)
-    mixed = [
-        _attended(part, own, k, v, causal=causal, first=first, scaling=scaling)
-        for part, own, k, v in zip(parts, queries, keys, values, strict=True)
-    ]
-    return torch.cat(mixed, 1), None
+    if first:
+        queries = list(torch.split(query[0].transpose(0, 1)[:, :, None], [part.rows for part in packing.parts]))
+    else:
+        queries = packing.to_parts(query)
+    asked = zip(packing.parts, queries, packing.to_parts(key), packing.to_parts(value), strict=True)
+    mixed = [_attended(part, *given, causal=causal, scaling=scaling) for part, *given in asked]
+    return torch.cat(mixed).squeeze(2)[None] if first else packing.from_parts(mixed), None
 
 
 def _attended(
-    packing: Packing, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, first: bool, scaling: float | None
+    packing: Packing, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scaling: float | None
 ) -> Tensor:
-    """Attention of some examples, `(1, tokens, heads, width)`, from `(1, heads, tokens, width)` each."""
-    queries = query[0].transpose(0, 1)[:, :, None] if first else packing.heads(query)
+    """Attention of some examples, from and to `(R, heads, tokens, width)`."""
     # With padding to the right a causal model's real tokens never see any.
     bias = None if causal else packing.keys_bias
     if bias is not None:
-        bias = bias.to(queries.dtype).clamp(min=torch.finfo(queries.dtype).min)
-    mixed = scaled_dot_product_attention(
-        queries, packing.heads(key), packing.heads(value), attn_mask=bias, is_causal=causal, scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )  # fmt: skip
-    heads = mixed.shape[1]
-    if first:
-        return mixed.squeeze(2)[None]
-    return packing.pack(mixed.transpose(1, 2).flatten(2)).view(1, packing.tokens, heads, -1)
+        bias = bias.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)
+    return scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, is_causal=causal, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
