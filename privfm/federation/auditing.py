@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Final, final
@@ -70,13 +70,13 @@ class AuditedRun:
         if self.claimed is not None and self.bound.epsilon > self.claimed:
             sure = f"with {self.bound.confidence:.0%} confidence"
             found.append(f"epsilon is at least {self.bound.epsilon:.3g} {sure}, claimed is {self.claimed:.3g}")
-        found += [_said(check) for check in self._wrong if not _safer(check)]
+        found += [_said(check) for check in self._wrong if not _safer(check, self._wrong)]
         return "; ".join(found)
 
     @property
     def safer(self) -> str:
         """Where the mechanism is not the claimed one, to the better; empty where it is."""
-        return "; ".join(_said(check) for check in self._wrong if _safer(check))
+        return "; ".join(_said(check) for check in self._wrong if _safer(check, self._wrong))
 
     @property
     def _wrong(self) -> list[Check]:
@@ -87,14 +87,22 @@ ALARM: Final = 1e-3
 """Probability, over all checks of a run together (Holm), with which those of a sound mechanism raise an alarm. The
 bound may, too, with one minus its own confidence."""
 
-_SAFER_ABOVE: Final = ("noise scale",)
-_SAFER_BELOW: Final = ("mean shift", "shift spread", "clients: sampling rate", "canaries: sampling rate")
+_SAFER_BELOW: Final = ("mean shift", "clients: sampling rate", "canaries: sampling rate")
+_FOLLOWS: Final = ("noise shape", "shift spread")
+"""Checks that take the claimed noise as given: more of it shows in them, too."""
 
 
-def _safer(check: Check) -> bool:
-    """Whether what was found protects more than the claim: more noise, less of a canary, fewer participations."""
+def _safer(check: Check, checks: Sequence[Check]) -> bool:
+    """Whether what was found protects more than the claim: more noise, less of a canary, fewer participations.
+
+    Args:
+      check: one that failed.
+      checks: all that did.
+    """
     above = check.found > check.expected
-    return check.name in (_SAFER_ABOVE if above else _SAFER_BELOW)
+    if check.name in _FOLLOWS:
+        return any(other.name == "noise scale" and _safer(other, ()) for other in checks)
+    return check.name == "noise scale" if above else check.name in _SAFER_BELOW
 
 
 def _said(check: Check) -> str:

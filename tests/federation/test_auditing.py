@@ -177,10 +177,12 @@ def test_clients_that_are_sampled_otherwise_than_canaries_are_found(federation):
 
 
 def test_what_protects_more_than_claimed_contradicts_nothing(play):
-    found = play(replace(FULL, noise_multiplier=2 * FULL.noise_multiplier), claimed=FULL)
+    found = play(replace(FULL, noise_multiplier=2 * FULL.noise_multiplier), claimed=FULL, m=300, until=6)
     assert found.alarm == "" and "noise scale 2" in found.safer
-    found = play(replace(FULL, max_grad_norm=FULL.max_grad_norm / 2, noise_multiplier=8.0), claimed=FULL)
-    assert found.alarm == "" and "mean shift 0.5" in found.safer
+    found = play(
+        replace(FULL, max_grad_norm=FULL.max_grad_norm / 2, noise_multiplier=8.0), claimed=FULL, m=300, until=6
+    )
+    assert found.alarm == "" and found.safer.startswith("mean shift 0.")
 
 
 def test_where_no_canary_arrives_nothing_was_audited(play):

@@ -110,7 +110,11 @@ def test_the_model_is_the_same_with_and_without_ghosts(noise):
 def test_neither_drop_outs_nor_attackers_nor_records_notice_ghosts():
     plan = replace(PLAN, noise_multiplier=0.0)
     changed = {
-        "dropped": {"dropout_rate": 0.15, "channel": PairwiseMasks(clients=128, dropouts=0.4), "transforms": (FixedPoint(1.0, 22),)},
+        "dropped": {
+            "dropout_rate": 0.15,
+            "channel": PairwiseMasks(clients=128, dropouts=0.4),
+            "transforms": (FixedPoint(1.0, 22),),
+        },
         "attacked": {"attack": ALIE(statistics="honest"), "malicious": (0, 1, 2, 3)},
     }
     for arm in changed.values():
