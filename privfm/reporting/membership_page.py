@@ -9,7 +9,6 @@ from typing import final
 
 from privfm.attacks.membership.curves import CONFIDENCE, Interval
 from privfm.checks import require
-from privfm.files import writable, write_atomically
 from privfm.reporting.drawing import (
     SMALL,
     Panel,
@@ -24,10 +23,9 @@ from privfm.reporting.drawing import (
 )
 from privfm.reporting.figures import FigureBlock
 from privfm.reporting.membership_figures import percent
-from privfm.reporting.page import REPORT
 from privfm.reporting.panels import DOTTED, HEADING, label_ends, wrapped
 from privfm.reporting.table import ReportTable
-from privfm.reporting.templates import rendered
+from privfm.reporting.templates import write_page
 
 _RIGHT = 128  # points for labels at the lines' ends
 _MARGIN = 0.02  # of area above and below what is drawn
@@ -132,7 +130,8 @@ def write_membership(
     """
     names = [figure.name for figure in figures]
     require(len(set(names)) == len(names), f"figures are named {names}: expected a name of its own for each")
-    page = rendered(
+    return write_page(
+        folder,
         "membership.html",
         question=question,
         answers=answers,
@@ -143,8 +142,3 @@ def write_membership(
         conditions=conditions or {},
         never=lambda fields: False,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / REPORT
-    with writable(path):
-        write_atomically(path, page)
-    return path

@@ -15,9 +15,7 @@ from privfm.reporting.export import Visibility, everything_private, visibility_o
 from privfm.reporting.figures import all_figures
 from privfm.reporting.summary import Experiment
 from privfm.reporting.tables import tables_of
-from privfm.reporting.templates import rendered
-
-REPORT = "report.html"
+from privfm.reporting.templates import REPORT, rendered
 
 
 def write_report(experiment_folder: Path, visibility: Visibility = everything_private) -> Path:
@@ -48,7 +46,7 @@ def render_page(experiment: Experiment, visibility: Visibility = everything_priv
     return rendered(
         "page.html",
         index=experiment.index,
-        answers=_answers(experiment),
+        answers=[(answer.question, _unbroken(answer.text)) for answer in _answers(experiment)],
         contradicted=contradicted(experiment),
         tables=tables_of(experiment),
         figures=all_figures(experiment),

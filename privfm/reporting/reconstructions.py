@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 
 from privfm.checks import require
-from privfm.files import writable, write_atomically
 from privfm.reporting.drawing import Panel
 from privfm.reporting.table import ReportTable
-from privfm.reporting.templates import rendered
-
-REPORT = "report.html"
+from privfm.reporting.templates import write_page
 
 Word = tuple[str, bool]
 """A word of a prediction, and whether it stands in the original, in this order."""
@@ -92,7 +89,8 @@ def write_reconstructions(
     Raises:
       InvalidArgument: the folder cannot be written.
     """
-    page = rendered(
+    return write_page(
+        folder,
         "reconstructions.html",
         question=question,
         answers=answers,
@@ -102,8 +100,3 @@ def write_reconstructions(
         conditions=conditions or {},
         never=lambda names: False,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / REPORT
-    with writable(path):
-        write_atomically(path, page)
-    return path
