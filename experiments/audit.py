@@ -187,7 +187,7 @@ def main(
     require(clients > 0 and clients % 10 == 0, f"clients={clients}: expected a multiple of 10, for cohorts of a tenth")
     size = Size(epsilons, canaries, FEW_GHOSTS, canaries_in_model, rounds, FEW_ROUNDS, clients, STEPS * 16)
     if fast:
-        size, sentences = Size(epsilons[:1], 32, 24, 12, 2, 1, 10, 2), 240
+        size, sentences = Size(epsilons[:1], 32, 20, 12, 2, 1, 10, 2), 240
     base = setting(size, sentences, device)
     builders = {"full": full, "poisson": poisson, "model": in_model, "mistakes": mistakes}
     chosen = PARTS if part == "all" else (part,)

@@ -139,7 +139,7 @@ class BatchedDescent:
         self._known = bench.trunk is not None and not dropout
         cut = bench.first if self._known else 0
         forwards = trained_forwards(bench.module, trained, self._running, dropout)
-        # On a GPU a product is cheaper than its way there.
+        # Kept on the CPU only: to a GPU, a product would take longer than it does there.
         exact = autocast is None and self._frozen_dtype == torch.float32
         self._projects = self._known and exact and bench.device.type == "cpu" and cut < len(blocks)
         if self._projects:

