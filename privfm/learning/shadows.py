@@ -161,7 +161,8 @@ def train_shadows(
         known here, examples have no gradients of their own, or a shadow is not finite after training.
       ClientFailed: training raised.
 
-    Memory: at most 256 MiB of matrices at the default, beside the engine's pass; the result has `4 models d` bytes.
+    Memory: at most 256 MiB of matrices at the default, beside the engine's pass, and on the CPU at most 256 MiB of kept
+    products beside the activations; the result has `4 models d` bytes.
     """
     one_of("initial", initial, ("shared", "own"))
     inside = torch.as_tensor(inside)
