@@ -70,6 +70,19 @@ def test_private_and_encrypted(example: str, capsys: pytest.CaptureFixture[str])
     assert found["mind"].startswith("over CKKS nobody can make a malicious client clip")
 
 
+def test_an_audit_s_cost_and_limit(example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    private = ["--rule", "Mean", "--cohort", "null", *PLAN, "--plan.delta", "1e-3", "--attack", "null"]
+    private += ["--malicious_share", "0", "--transforms", "[]"]
+    plain = checked(capsys, 0, example, *private)
+    found = checked(capsys, 0, example, *private, "--audit.canaries", "GhostCanaries", "--audit.canaries.count", "1000")
+    assert found["audit"] == (
+        "1,000 GhostCanaries, about 100 in a round; 1,000 columns more in every update, no accuracy; with every guess "
+        "right they would certify epsilon 5.81 at 95%, and no more"
+    )
+    sent = [int(text["bytes up"].partition("(")[2].partition(")")[0].replace(",", "")) for text in (plain, found)]
+    assert sent[1] - sent[0] == 4 * 1000
+
+
 def test_noise_of_zero_guarantees_nothing(example: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--rule", "Mean", "--cohort", "null", *PLAN, "--plan.delta", "1e-3", "--plan.noise_multiplier", "0"]
     assert checked(capsys, 0, example, *words)["epsilon"].startswith("infinite.")
