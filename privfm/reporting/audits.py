@@ -37,7 +37,8 @@ def audit_answer(experiment: Experiment) -> str:
         text = f"The claim is contradicted in {len(wrong)} of {runs}: {'; '.join(cases)}."
     if rest:
         share, title = max(rest)
-        text += f" {'Elsewhere up' if wrong else 'Up'} to {share:.2f} of a claim is certified ({title}), each run at its own confidence."
+        where = "Elsewhere up" if wrong else "Up"
+        text += f" {where} to {share:.2f} of a claim is certified ({title}), each run at its own confidence."
     return text
 
 
