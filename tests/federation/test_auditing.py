@@ -161,8 +161,11 @@ SOUND = {
 def test_sound_mechanisms_of_all_kinds_are_not_accused(play, case):
     plan, more = SOUND[case]
     found = play(plan, **{"m": 400} | more)
-    assert found.alarm == ""
     assert found.arrived > 0
+    if plan.source == "secure":  # other draws every time: only what never happens is asserted
+        assert min(p_values(found).values()) > 1e-7
+        return
+    assert found.alarm == ""
     low, high = found.estimate.low, found.estimate.high
     assert low - 0.3 * found.claimed < found.claimed < high + 0.3 * found.claimed
 
