@@ -188,7 +188,10 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
         leaked=arm.server_attack.look(view.seen, state.model, now) if arm.server_attack else {},
     )
     in_a_row = state.skipped + 1 if skipped else 0
-    audit = state.audit if planted is None else remembered(state.audit, planted, end.total(rule), drawn, end.arrived)
+    audit = state.audit
+    if planted is not None:  # behind means of groups nobody is seen to arrive
+        there = cohort if grouped and end.outcome is not None else end.arrived
+        audit = remembered(audit, planted, end.total(rule), drawn, there)
     after = replace(end.state, round=now + 1, clients=way.clients, attack=way.attack, skipped=in_a_row, audit=audit)
     return after, record
 

@@ -16,7 +16,7 @@ from privfm.attacks.reconstruction import AttentionPursuit, CuriousServer
 from privfm.checks import InvalidArgument
 from privfm.contracts import Canaries, CanaryScene, Examples, GradientPrivacy, Learner, Metric, Split, Trained
 from privfm.defenses import DPPlan, TrimmedMean
-from privfm.defenses.channels import BFV, CKKS, PairwiseMasks
+from privfm.defenses.channels import BFV, CKKS, Grouped, PairwiseMasks
 from privfm.defenses.privacy.clipping import PerLayer
 from privfm.defenses.privacy.integer_noise import IntegerNoise
 from privfm.defenses.transforms import FixedPoint
@@ -198,6 +198,15 @@ def test_canaries_that_train_are_clients_like_others():
     assert kept.clients.tolist() == [5] * 8
     assert 4 < float(kept.drawn.sum(1).double().mean()) < 32  # each canary joins as often as a client: 16 on average
     assert set(kept.sent.any(0).nonzero()[:, 0].tolist()) == asked
+
+
+def test_behind_means_of_groups_canaries_count_as_there():
+    run = federation(
+        Audit(Clones(M)), None, channel=Grouped(PairwiseMasks(clients=128), 2), transforms=(FixedPoint(8.0, 20),)
+    )
+    kept = Kept.read(played(run, 3).audit)
+    included = PlantedCanaries.of(run.arm.audit, CLIENTS, run.seeds).included
+    assert kept.sent.any() and kept.sent.equal(kept.drawn & included)
 
 
 def test_an_interrupted_run_keeps_the_same(tmp_path):
