@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -153,6 +154,13 @@ def memory(make: Callable[[], Callable[[], Any]], deadline: int, ceiling: int | 
     return value, why
 
 
+def _give_back() -> None:
+    """Returns to the system what lies free in the allocator: a call that takes it would not be seen to grow."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others keep little
+    if trim is not None:
+        trim(0)
+
+
 def _measure(make: Callable[[], Callable[[], Any]], writer: int, deadline: int, ceiling: int | None) -> None:
     """In the child: never returns."""
     gc.freeze()  # what the parent left is not collected here: it would make room that hides growth
@@ -162,7 +170,9 @@ def _measure(make: Callable[[], Callable[[], Any]], writer: int, deadline: int, 
     os.dup2(2, 1)  # nothing but JSON goes to standard output
     torch.set_num_threads(1)
     try:
-        _, found = grown(make())
+        call = make()
+        _give_back()
+        _, found = grown(call)
         answer: tuple[int | None, str] = (None if found is None else max(found, 1024), "")
     except BaseException as error:
         answer = (None, reason(error))

@@ -82,7 +82,11 @@ def test_what_the_parent_once_needed_hides_nothing():
     left = [torch.ones(30_000_000)]
     left.append(left)  # a cycle: collected some time, and then not in the child's favour
     del left
+    blocks = [bytearray(50_000) for _ in range(4_000)]  # too small to be mapped one by one: 200 MB of heap
+    last = blocks[-1]  # holds the heap's end, so that what was given back stays resident, ready for the next who asks
+    del blocks
     case = aggregation.Case(3, 1, 10, "gaussian")
     found, why = aggregation.extra_bytes(case, lambda rows, f: (gc.collect(), torch.ones(20_000_000)))
     assert found is not None, why
     assert 75e6 < found < 120e6
+    assert len(last) == 50_000
