@@ -29,7 +29,7 @@ _KEPT: dict[str, Any] = {}
 client_app = ClientApp()
 
 
-@client_app.train()  # type: ignore[untyped-decorator]
+@client_app.train()
 def train(message: Message, context: Context) -> Message:
     """One client's local training."""
     torch.set_num_threads(ORDER["threads"])
@@ -38,7 +38,7 @@ def train(message: Message, context: Context) -> Message:
         _KEPT.update(work=work, module=work.module())
     work, module = _KEPT["work"], _KEPT["module"]
     parameters = trained(module)
-    state = message.content["arrays"].to_torch_state_dict()
+    state = message.content.array_records["arrays"].to_torch_state_dict()
     with torch.no_grad():
         for name, value in parameters.items():
             value.copy_(state[name])
@@ -54,7 +54,7 @@ def train(message: Message, context: Context) -> Message:
     return Message(content=RecordDict({"arrays": arrays, "metrics": count}), reply_to=message)
 
 
-class Timed(FedAvg):  # type: ignore[misc]  # has no types here
+class Timed(FedAvg):
     """Notes the clocks around every round."""
 
     marks: list[tuple[float, float]] = []
@@ -67,7 +67,7 @@ class Timed(FedAvg):  # type: ignore[misc]  # has no types here
     def aggregate_train(self, server_round: int, replies: Any) -> Any:
         result = super().aggregate_train(server_round, list(replies))
         self.marks.append((_tree_seconds(), time.perf_counter()))
-        if server_round == 1:
+        if server_round == 1 and result[0] is not None:
             self.first = result[0].to_torch_state_dict()
         return result
 
@@ -100,12 +100,12 @@ def main() -> None:
     strategy = Timed(fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients)
     app = ServerApp()
 
-    @app.main()  # type: ignore[untyped-decorator]
+    @app.main()
     def serve(grid: Grid, context: Context) -> None:
         strategy.start(grid=grid, initial_arrays=ArrayRecord(start), num_rounds=1 + ORDER["rounds"])
 
-    processors = {"num_cpus": 2, "include_dashboard": False, "logging_level": 30, "log_to_driver": False}
-    each = {"num_cpus": ORDER["threads"], "num_gpus": 0.0}
+    processors: Any = {"num_cpus": 2, "include_dashboard": False, "logging_level": 30, "log_to_driver": False}
+    each: Any = {"num_cpus": ORDER["threads"], "num_gpus": 0.0}
     run_simulation(
         server_app=app,
         client_app=client_app,

@@ -16,6 +16,7 @@ from privfm.contracts.audit import Canaries, CanaryScene
 from privfm.contracts.channels import (
     KEY_HOLDER,
     SERVER,
+    Broadcast,
     Cast,
     Channel,
     Engine,
@@ -72,6 +73,7 @@ __all__ = [
     "BuiltModel",
     "Canaries",
     "CanaryScene",
+    "Broadcast",
     "Cast",
     "Channel",
     "Clients",

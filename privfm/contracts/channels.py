@@ -102,6 +102,7 @@ class Channel(ABC):
     Class constants:
       reveals: what rules may use of it.
       client_stages: all stages of a client, in order.
+      row_stage: the one of them at which a client gives its row, so that it must have trained.
       key_holder_stages: stages of the key holder, in order, each at most once.
       integers: it carries whole numbers only.
       server_learns_sum: False where clients alone open the result, and the server never sees the model.
@@ -110,6 +111,7 @@ class Channel(ABC):
 
     reveals = Reveals.SUM
     client_stages: tuple[str, ...] = ()
+    row_stage = "update"
     key_holder_stages: tuple[str, ...] = ()
     integers = False
     server_learns_sum = True
@@ -229,20 +231,40 @@ class Channel(ABC):
 
 @final
 @dataclass(frozen=True)
+class Broadcast:
+    """What the server tells clients of a round, beside the protocol's requests.
+
+    Attributes:
+      model: what they start from, `(d,)` and whatever else moves with it.
+      bound: this round's clip, where it changes.
+      cohort: how many take part.
+      weights: what each client multiplies its row by, where it does.
+    """
+
+    model: Tensor
+    bound: float | None = None
+    cohort: int = 0
+    weights: Mapping[int, float] = field(default_factory=dict)
+
+
+@final
+@dataclass(frozen=True)
 class Cast:
-    """Who takes part in one round.
+    """Who takes part in one round, and what they are told.
 
     Attributes:
       round: counted from 0.
       honest: clients that are asked in batches.
       malicious: clients that act together, as one batch, after the honest.
       gone: simulated drop-outs, by the stage at which they are lost.
+      broadcast: for clients that are elsewhere; None: they know.
     """
 
     round: int
     honest: Sequence[int]
     malicious: Sequence[int] = ()
     gone: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    broadcast: Broadcast | None = None
 
 
 class Engine(ABC):

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import final
 
-from privfm.checks import InvalidArgument, at_least
-from privfm.contracts import (
-    KEY_HOLDER,
-    SERVER,
-    Cast,
-    Channel,
-    Encoded,
-    Engine,
-    Exchange,
-    Identity,
-    Memory,
-    Party,
-    Sealer,
-)
+from privfm.checks import at_least
+from privfm.contracts import SERVER, Cast, Channel, Engine, Exchange, Identity, Party, Sealer
 from privfm.defenses.channels.identities import new_identity, public_identity
-
-
-class _Lost(Exception):
-    """A client without a row to send."""
+from privfm.engines.hosted import Hosted
 
 
 @final
@@ -76,43 +60,17 @@ class Local(Engine):
 
 @final
 class _LocalExchange(Exchange):
-    """One round in one process: every party's memory, and the rows that wait to be sent."""
+    """One round in one process."""
 
     def __init__(self, engine: Local, channel: Channel, sealed: Sealer, cast: Cast) -> None:
-        self._engine, self._channel, self._sealed, self._cast = engine, channel, sealed, cast
+        party = partial(engine.party, now=cast.round)
+        self._hosted, self._gone = Hosted(channel, sealed, cast, party, engine.clients_per_batch), cast.gone
         self.server = engine.party(SERVER, cast.round)
-        self._memories: dict[int, Memory] = defaultdict(dict)
-        self._trained: set[int] = set()
-        self._ready: dict[int, Encoded] = {}
-        self._lost: set[int] = set()
 
     def __call__(self, stage: str, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
-        here = requests.keys() - self._cast.gone.get(stage, frozenset()) - self._lost
-        groups = (self._cast.honest, self._cast.malicious, (KEY_HOLDER,))
-        sizes = (self._engine.clients_per_batch, max(len(self._cast.malicious), 1), 1)  # attackers act together
-        for group, size in zip(groups, sizes, strict=True):
-            present = [party for party in group if party in here]
-            for begin in range(0, len(present), size):
-                batch = present[begin : begin + size]
-                for party in batch:
-                    try:
-                        yield party, self._answer(party, stage, requests[party], batch)
-                    except _Lost:
-                        self._lost.add(party)
-
-    def _answer(self, number: int, stage: str, request: bytes, batch: Sequence[int]) -> bytes:
-        party, memory = self._engine.party(number, self._cast.round), self._memories[number]
-        update = partial(self._take, number, batch)
-        self._memories[number], reply = self._channel.answer(party, stage, memory, request, update)
-        return reply
-
-    def _take(self, party: int, batch: Sequence[int]) -> Encoded:
-        if party == KEY_HOLDER:
-            raise InvalidArgument("a key holder has no update")
-        if party not in self._trained:
-            missing = [client for client in batch if client not in self._trained]
-            self._ready.update(self._sealed(missing))
-            self._trained.update(missing)
-        if party not in self._ready:
-            raise _Lost
-        return self._ready.pop(party)
+        gone = self._gone.get(stage, frozenset())
+        here = {party: request for party, request in requests.items() if party not in gone}
+        for party, reply in self._hosted.replies(stage, here):
+            if isinstance(reply, Exception):
+                raise reply
+            yield party, reply

@@ -3,11 +3,12 @@
 from privfm.federation.arm import Arm
 from privfm.federation.checkpoints import load, save
 from privfm.federation.compatibility import Problem, problems
+from privfm.federation.federation import Federation, RunState
 from privfm.federation.loop import Step, public_sizes, refuse_problems, rounds, start
 from privfm.federation.optimizers import Adam, Average, Momentum, Yogi
 from privfm.federation.population import Cyclic, FixedSize, Poisson, Population, choose_malicious
 from privfm.federation.record import Record, visibility
-from privfm.federation.round import Federation, RunState, play
+from privfm.federation.round import play
 from privfm.federation.spaces import ProductGeometry
 
 __all__ = [

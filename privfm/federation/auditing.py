@@ -18,7 +18,7 @@ from privfm.defenses.privacy import DPPlan
 from privfm.defenses.privacy.trade_off import released_epsilon
 from privfm.federation.canaries import Kept, PlantedCanaries
 from privfm.federation.claims import Claim
-from privfm.federation.round import Federation, RunState
+from privfm.federation.federation import Federation, RunState
 
 Array = NDArray[np.float64]
 Losses = Callable[[Tensor, Examples], Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor
 from privfm.checks import BrokenCheckpoint
 from privfm.contracts import State
 from privfm.federation.client_states import Chunk, ClientStates
-from privfm.federation.round import RunState
+from privfm.federation.federation import RunState
 from privfm.files import file_digest, read_json, write_json
 
 FORMAT = 1

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from privfm.checks import RoundFailed
 from privfm.contracts import ServerAttack, WireView
+from privfm.federation.federation import Federation, RunState
 from privfm.federation.loop import start
-from privfm.federation.round import Federation, RunState, play
+from privfm.federation.round import play
 
 
 @final

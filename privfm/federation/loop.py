@@ -8,13 +8,14 @@ from time import perf_counter
 from typing import final
 
 from privfm.checks import RoundFailed, at_least, require
-from privfm.contracts import Metric, UpdateAttack
+from privfm.contracts import Metric
 from privfm.federation.canaries import nothing_kept
 from privfm.federation.client_states import ClientStates
 from privfm.federation.compatibility import problems
+from privfm.federation.federation import Federation, RunState
 from privfm.federation.population import no_participations
 from privfm.federation.record import Record
-from privfm.federation.round import Federation, RunState, play
+from privfm.federation.round import play
 
 MAX_SKIPPED = 10
 """Rounds that may be skipped in a row before a run is given up: by then it is the setting, not chance."""
@@ -66,13 +67,14 @@ def start(federation: Federation) -> RunState:
     arm, learner, d = federation.arm, federation.learner, federation.learner.d
     rule, space = arm.release(d + arm.ghosts, federation.clients.size), arm.space(d, learner.adapters)
     planted = federation.planted
-    attack = arm.attack.init(d) if isinstance(arm.attack, UpdateAttack) else {}
     model, width = space.start(learner.initial()), space.width
     bounded = arm.plan is not None and arm.plan.bounds_participation
-    joined = no_participations(federation.clients.size if planted is None else planted.size) if bounded else {}
+    joined = no_participations(federation.parties) if bounded else {}
     audit = {} if planted is None else nothing_kept(planted)
     rule_state = rule.init(width + arm.ghosts)
-    return RunState(0, model, rule_state, arm.optimizer.init(width), ClientStates({}), attack, joined, audit)
+    return RunState(
+        0, model, rule_state, arm.optimizer.init(width), ClientStates({}), federation.fresh_attack(), joined, audit
+    )
 
 
 def rounds(

@@ -113,6 +113,10 @@ class Grouped(Channel):
         return self.channel.client_stages
 
     @property
+    def row_stage(self) -> str:  # type: ignore[override]
+        return self.channel.row_stage
+
+    @property
     def integers(self) -> bool:  # type: ignore[override]
         return self.channel.integers
 

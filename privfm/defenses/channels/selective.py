@@ -105,6 +105,10 @@ class Selective(Channel):
         return self.channel.client_stages
 
     @property
+    def row_stage(self) -> str:  # type: ignore[override]
+        return self.channel.row_stage
+
+    @property
     def key_holder_stages(self) -> tuple[str, ...]:  # type: ignore[override]
         return self.channel.key_holder_stages
 

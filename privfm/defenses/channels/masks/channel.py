@@ -106,6 +106,7 @@ class PairwiseMasks(Channel):
     active: bool = False
     smallest_release: int = 2
     reveals = Reveals.SUM
+    row_stage = "masked"
     integers = True
 
     def __post_init__(self) -> None:

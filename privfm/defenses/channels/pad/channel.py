@@ -117,6 +117,10 @@ class RLWEPad(Channel):
         return self.masks.client_stages
 
     @property
+    def row_stage(self) -> str:  # type: ignore[override]
+        return self.masks.row_stage
+
+    @property
     def most_clients(self) -> int | None:
         return self.clients
 

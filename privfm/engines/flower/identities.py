@@ -1,0 +1,79 @@
+"""Files of who is who: secrets, one file a host, and one public file that everybody has beforehand."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Final, final
+
+from privfm.checks import InvalidArgument, require
+from privfm.contracts import Identity
+from privfm.defenses.channels.identities import new_identity, public_identity
+
+PUBLIC: Final = "identities.json"
+"""Name of the public file, in a Flower app's folder."""
+
+
+@final
+class Pinned:
+    """Public identities from a file: a party's number -> 64 bytes.
+
+    Args:
+      path: of a file that `write_public` made.
+
+    Raises:
+      InvalidArgument: it is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._known = path, _read(path)
+
+    def __call__(self, party: int) -> bytes:
+        require(party in self._known, f"{self._path} pins no party {party}; add its public identity, out of band")
+        return self._known[party]
+
+
+def write_public(path: Path, public: Mapping[int, bytes]) -> None:
+    """Writes what everybody pins: nothing of it is secret."""
+    path.write_text(json.dumps({str(party): key.hex() for party, key in public.items()}, indent=0), encoding="utf-8")
+
+
+def make_secrets(path: Path, parties: Iterable[int]) -> dict[int, bytes]:
+    """Fresh identities of a host's parties, into a file that its owner alone can read; returns the public halves.
+
+    Raises:
+      InvalidArgument: there is such a file already; an identity is not overwritten.
+    """
+    own = {party: new_identity() for party in parties}
+    text = json.dumps({str(party): identity.secret.hex() for party, identity in own.items()})
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as reason:
+        raise InvalidArgument(
+            f"{path} is there already, and holds identities; choose another, or remove it"
+        ) from reason
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    return {party: public_identity(identity) for party, identity in own.items()}
+
+
+def read_secrets(path: Path) -> dict[int, Identity]:
+    """The identities of a host's parties.
+
+    Raises:
+      InvalidArgument: there is no such file, others may read it, or it is another.
+    """
+    require(path.is_file(), f"secrets={path} is not a file; it is made where the app is, and handed to each host")
+    mode = path.stat().st_mode & 0o077
+    require(mode == 0, f"secrets={path} can be read by others (mode {path.stat().st_mode & 0o777:o}); chmod 600")
+    return {party: Identity(secret) for party, secret in _read(path).items()}
+
+
+def _read(path: Path) -> dict[int, bytes]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {int(party): bytes.fromhex(key) for party, key in content.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as reason:
+        raise InvalidArgument(f"{path} does not hold identities: {reason}") from reason

@@ -1,0 +1,150 @@
+"""What server and hosts say to each other, beside what goes on inside a channel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from privfm.checks import Corrupt
+from privfm.contracts import Broadcast
+from privfm.engines.flower.wire import packed, unpacked
+
+
+@final
+@dataclass(frozen=True)
+class Request:
+    """One stage of one round, for all parties on one host.
+
+    Attributes:
+      round: counted from 0.
+      stage: of the channel.
+      honest: clients of this host that take part, in the order in which they answer.
+      malicious: those of it that poison.
+      requests: a party -> what the channel asks of it.
+      broadcast: what clients start from; only at the stage at which they train.
+    """
+
+    round: int
+    stage: str
+    honest: tuple[int, ...]
+    malicious: tuple[int, ...]
+    requests: Mapping[int, bytes]
+    broadcast: Broadcast | None = None
+
+    def to_bytes(self) -> bytes:
+        """As it goes over the network."""
+        told = self.broadcast
+        head = {
+            "round": self.round,
+            "stage": self.stage,
+            "honest": list(self.honest),
+            "malicious": list(self.malicious),
+        }
+        parts = {f"request/{party}": request for party, request in self.requests.items()}
+        if told is not None:
+            weights = {str(client): weight for client, weight in told.weights.items()}
+            head |= {"bound": told.bound, "cohort": told.cohort, "weights": weights}
+            parts["model"] = vector_to_bytes(told.model)
+        return packed(head, parts)
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Request:
+        """The inverse.
+
+        Raises:
+          Corrupt: it is none.
+        """
+        try:
+            head, parts = unpacked(content)
+            told = None
+            if "model" in parts:
+                weights = {int(client): float(weight) for client, weight in head["weights"].items()}
+                bound = None if head["bound"] is None else float(head["bound"])
+                told = Broadcast(vector_from_bytes(parts["model"]), bound, int(head["cohort"]), weights)
+            honest, malicious = (tuple(int(client) for client in head[who]) for who in ("honest", "malicious"))
+            return cls(int(head["round"]), str(head["stage"]), honest, malicious, by_party("request", parts), told)
+        except (ValueError, KeyError, TypeError, AttributeError) as reason:
+            raise Corrupt(f"a request that is none: {reason}") from reason
+
+
+@final
+@dataclass(frozen=True)
+class Reply:
+    """What a host answers.
+
+    Attributes:
+      replies: a party -> its channel's reply; who is missing has dropped out, for reasons that stay on the host.
+      failed: a client's training raised in a run that is to end then; the reason, too, stays on the host.
+    """
+
+    replies: Mapping[int, bytes] = field(default_factory=dict)
+    failed: bool = False
+
+    def to_bytes(self) -> bytes:
+        """As it goes over the network."""
+        return packed({"failed": self.failed}, {f"reply/{party}": reply for party, reply in self.replies.items()})
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Reply:
+        """The inverse.
+
+        Raises:
+          Corrupt: it is none.
+        """
+        try:
+            head, parts = unpacked(content)
+            return cls(by_party("reply", parts), bool(head["failed"]))
+        except (ValueError, KeyError, TypeError) as reason:
+            raise Corrupt(f"a reply that is none: {reason}") from reason
+
+
+@final
+@dataclass(frozen=True)
+class Greeting:
+    """What a host says of itself before the first round.
+
+    Attributes:
+      parties: which it hosts.
+      problem: why it cannot take part; empty where it can.
+    """
+
+    parties: tuple[int, ...]
+    problem: str = ""
+
+    def to_bytes(self) -> bytes:
+        """As it goes over the network."""
+        return packed({"parties": list(self.parties), "problem": self.problem})
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Greeting:
+        """The inverse.
+
+        Raises:
+          Corrupt: it is none.
+        """
+        try:
+            head, _ = unpacked(content)
+            return cls(tuple(int(party) for party in head["parties"]), str(head["problem"]))
+        except (ValueError, KeyError, TypeError) as reason:
+            raise Corrupt(f"a greeting that is none: {reason}") from reason
+
+
+def by_party(kind: str, parts: Mapping[str, bytes]) -> dict[int, bytes]:
+    """The parts named `kind/PARTY`, by party."""
+    return {int(name.partition("/")[2]): part for name, part in parts.items() if name.partition("/")[0] == kind}
+
+
+def vector_to_bytes(vector: Tensor) -> bytes:
+    """`(d,)` -> 4 d bytes, little-endian float32: not a bit is lost."""
+    values = np.ascontiguousarray(vector.detach().cpu().float().numpy(), dtype="<f4")
+    return values.tobytes()
+
+
+def vector_from_bytes(content: bytes) -> Tensor:
+    """The inverse."""
+    return torch.from_numpy(np.frombuffer(content, dtype="<f4").astype(np.float32))
