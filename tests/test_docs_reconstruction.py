@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 import privfm.attacks.reconstruction as package
 from privfm.attacks.reconstruction import LinearInversion, text_model
-from privfm.cli import main
 from privfm.contracts import Declared, MaliciousAttack, ReconstructionAttack
 
 ROOT = Path(__file__).parents[1]
@@ -136,13 +134,8 @@ def test_there_are_an_attack_a_round_a_budget_an_architecture_and_an_attack_of_o
     assert sum("assert" in block for block in BLOCKS) == 5
 
 
-def test_the_command_line_has_no_problems(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(ROOT)
-    (command,) = re.findall(r"```sh\nprivfm run (.*?)```", TEXT, re.DOTALL)
-    asked = shlex.split(command.replace("\\\n", " "))
-    place = asked.index("--out")
-    assert main(["check", *asked[:place], *asked[place + 2 :]]) == 0
-    assert "it is curious: CuriousServer(attack=InvertingGradients(" in capsys.readouterr().out
+def test_the_command_line_has_no_problems(checked: Callable[[str], str]) -> None:
+    assert "it is curious: CuriousServer(attack=InvertingGradients(" in checked(TEXT)
 
 
 def test_the_estimate_of_where_spans_drown() -> None:

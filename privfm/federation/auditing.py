@@ -124,57 +124,83 @@ def audited(federation: Federation, state: RunState, losses: Losses | None = Non
     require(audit is not None and planted is not None, "audit=None: the run has no canaries")
     require(state.round > 0, "no round was played: canaries have left no trace")
     assert audit is not None and planted is not None
-    coins = planted.included.numpy()
     plan = audit.claimed or federation.arm.plan
     if audit.canaries.trained:
         require(losses is not None, "losses=None: canaries that train are found by the model's loss on them")
         assert losses is not None
-        scores = _remembered(federation, planted, state, losses)
         delta = audit.delta if plan is None else plan.delta
-        both = min(int(coins.sum()), int((~coins).sum())) >= 2 and bool(np.isfinite(scores).all())
-        fit = gaussian_fit(scores[coins], scores[~coins], delta) if both else None
-        scores = np.nan_to_num(scores, nan=0.0)  # a model that is not finite remembers nobody
-        bound = one_run(scores, coins, delta, guesses=spread(len(coins)), confidence=audit.confidence)
-        return _audited(federation, planted, plan, state, bound, (), fit, ())
-    assert plan is not None  # `compatibility.problems` sees to it
+        scores = _remembered(federation, planted, state, losses)
+        bounds, estimate, checks = _from_losses(scores, planted.included.numpy(), delta, audit.confidence)
+    else:
+        assert plan is not None  # `compatibility.problems` sees to it
+        bounds, estimate, checks = _from_traces(federation, planted, state, plan, audit.confidence)
+    claimed = None
+    if plan is not None and plan.unit == "client":  # canaries are found in what is released
+        claimed = released_epsilon(plan, state.round, federation.learner.d)
+    kept = Kept.read(state.audit)
+    return AuditedRun(
+        canaries=type(planted.canaries).__name__,
+        count=planted.canaries.count,
+        included=int(planted.included.sum()),
+        claimed=claimed,
+        delta=bounds[0].delta,
+        bound=bounds[0],
+        others=tuple(bounds[1:]),
+        estimate=estimate,
+        checks=checks,
+        expected=int((kept.drawn & planted.included).sum()),
+        arrived=int(kept.sent.sum()),
+    )
+
+
+Found = tuple[Sequence[Bound], Estimate | None, tuple[Check, ...]]
+"""Bounds, the one that was fixed before the run first; an estimate, if the scores allow one; checks."""
+
+
+def _from_losses(scores: Array, coins: NDArray[np.bool_], delta: float, confidence: float) -> Found:
+    """Of canaries that train, by how well the model remembers them.
+
+    Args:
+      scores: `(count,)`.
+      coins: `(count,)`, who was in.
+      delta: of the bound.
+      confidence: of the bound.
+    """
+    both = min(int(coins.sum()), int((~coins).sum())) >= 2 and bool(np.isfinite(scores).all())
+    estimate = gaussian_fit(scores[coins], scores[~coins], delta) if both else None
+    scores = np.nan_to_num(scores, nan=0.0)  # a model that is not finite remembers nobody
+    return [one_run(scores, coins, delta, guesses=spread(len(coins)), confidence=confidence)], estimate, ()
+
+
+def _from_traces(
+    federation: Federation, planted: PlantedCanaries, state: RunState, plan: DPPlan, confidence: float
+) -> Found:
+    """Of canaries that send rows, by what was released along them.
+
+    Args:
+      federation: an audited one.
+      planted: its canaries.
+      state: after the last round.
+      plan: that is claimed.
+      confidence: of each bound by itself.
+
+    Raises:
+      InvalidArgument: nothing was released.
+    """
     claim = Claim.of(plan, federation.arm, federation.learner.d, federation.clients.size)
     kept = Kept.read(state.audit)
     played = kept.released.isfinite().all(1)  # of a skipped round nothing was released
     require(bool(played.any()), "all rounds were skipped: canaries have left no trace")
+    coins = planted.included.numpy()
     values = kept.released[played].double().numpy() / plan.max_grad_norm
     sent = kept.sent[played].numpy()
-    turns = claim.turns(state.round, audit.canaries.count)[played.numpy()]
-    scores = claim.scores(values, turns)
-    bounds = claim.bounds(scores, coins, turns, audit.confidence)
+    turns = claim.turns(state.round, planted.canaries.count)[played.numpy()]
+    bounds = claim.bounds(claim.scores(values, turns), coins, turns, confidence)
     checks: tuple[Check, ...] = ()
-    if audit.canaries.ghost:
+    if planted.canaries.ghost:
         drawn, clients = kept.drawn.numpy(), kept.clients.numpy()
         checks = claim.checks(values, sent, drawn, clients, federation.clients.size)
-    fit = claim.estimate(values, sent, turns, coins)
-    return _audited(federation, planted, plan, state, bounds[0], tuple(bounds[1:]), fit, checks)
-
-
-def _audited(  # noqa: PLR0917 (its fields, in their order)
-    federation: Federation, planted: PlantedCanaries, plan: DPPlan | None, state: RunState,
-    bound: Bound, others: tuple[Bound, ...], estimate: Estimate | None, checks: tuple[Check, ...],
-) -> AuditedRun:  # fmt: skip
-    kept = Kept.read(state.audit)
-    claimed = None
-    if plan is not None and plan.unit == "client":  # canaries are found in what is released
-        claimed = released_epsilon(plan, state.round, federation.learner.d)
-    return AuditedRun(
-        type(planted.canaries).__name__,
-        planted.canaries.count,
-        int(planted.included.sum()),
-        claimed,
-        bound.delta,
-        bound,
-        others,
-        estimate,
-        checks,
-        int((kept.drawn & planted.included).sum()),
-        int(kept.sent.sum()),
-    )
+    return bounds, claim.estimate(values, sent, turns, coins), checks
 
 
 def _remembered(federation: Federation, planted: PlantedCanaries, state: RunState, losses: Losses) -> Array:

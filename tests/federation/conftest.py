@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from sklearn.datasets import load_digits
 from torch import Generator, Tensor
 
+from privfm.adapters import AdapterLayout
 from privfm.checks import InvalidArgument, RoundFailed
 from privfm.contracts import (
     KEY_HOLDER,
@@ -34,6 +35,7 @@ from privfm.contracts import (
     Metric,
     Party,
     Reveals,
+    Spans,
     Split,
     State,
     Trained,
@@ -91,6 +93,55 @@ class DigitsLearner(Learner):
     def evaluate(self, model: Tensor, split: Split) -> dict[str, Metric]:
         right = ((self.x @ model.view(CLASSES, FEATURES).T).argmax(1) == self.y).float()
         return {"accuracy": Metric(float(right.mean()), len(right), True, "share", right)}
+
+
+@final
+class Told(Learner):
+    """Clients whose updates are given, by their label; those in `fails` raise, and leave rubbish behind."""
+
+    def __init__(
+        self,
+        rows: Tensor,
+        fails: Sequence[int] = (),
+        adapters: AdapterLayout | None = None,
+        layers: Spans | None = None,
+    ) -> None:
+        self.rows, self.fails, self.layout = rows, fails, adapters
+        self.spans = ((0, self.d),) if layers is None else layers
+        self.asked: list[int] = []
+
+    @property
+    def d(self) -> int:
+        return self.rows.shape[1]
+
+    @property
+    def adapters(self) -> AdapterLayout | None:
+        return self.layout
+
+    @property
+    def layers(self) -> Spans:
+        return self.spans
+
+    def initial(self) -> Tensor:
+        return torch.zeros(self.d)
+
+    def train(
+        self,
+        model: Tensor,
+        batch: Sequence[Examples],
+        generators: Sequence[Generator],
+        privacy: GradientPrivacy | None = None,
+        active: Tensor | None = None,
+    ) -> Trained:
+        ids = [int(examples.labels[0]) for examples in batch]
+        self.asked += ids
+        failed = {place: "ValueError: no good" for place, client in enumerate(ids) if client in self.fails}
+        rows = self.rows[ids].clone()
+        rows[list(failed)] = -1000.0  # undefined, and not even NaN
+        return Trained(rows if active is None else rows.masked_fill(~active, 0.0), failed)
+
+    def evaluate(self, model: Tensor, split: Split) -> dict[str, Metric]:
+        return {"zero": Metric(0.0, 1, True, "share")}
 
 
 @pytest.fixture(scope="session")
@@ -366,5 +417,6 @@ class LabelFlip(DataAttack):
 @pytest.fixture
 def toys() -> Mapping[str, Any]:
     """Classes to throw away, by name: tests in importlib mode cannot import each other."""
-    kinds = (ThreeStages, GramVault, ClientMomentum, TopK, Sketch, Quantize, Huge, NotANumber, LabelFlip, DigitsLearner)
+    kinds = (ThreeStages, GramVault, ClientMomentum, TopK, Sketch, Quantize, Huge, NotANumber, LabelFlip, DigitsLearner,
+             Told)  # fmt: skip
     return {kind.__name__: kind for kind in kinds}

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import pytest
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
 from privfm.attacks import ALIE
 from privfm.attacks.audit import GhostCanaries, RandomDirections
 from privfm.attacks.reconstruction import AttentionPursuit, CuriousServer
 from privfm.checks import InvalidArgument
-from privfm.contracts import Canaries, CanaryScene, Examples, GradientPrivacy, Learner, Metric, Split, Trained
+from privfm.contracts import Canaries, CanaryScene, Examples
 from privfm.defenses import DPPlan, TrimmedMean
 from privfm.defenses.channels import BFV, CKKS, Grouped, PairwiseMasks
 from privfm.defenses.privacy.clipping import PerLayer
@@ -28,36 +28,13 @@ from privfm.randomness import Seeds
 CLIENTS, D, C, M = 20, 6, 0.5, 64
 PLAN = DPPlan(noise_multiplier=1.0, max_grad_norm=C, sample_rate=1.0, delta=1e-3, sampling="full")
 
+TOYS: dict[str, Any] = {}
 
-@final
-class Told(Learner):
-    """Clients that send the row of their id; canaries that train send the row of their label."""
 
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-        self.asked: list[int] = []
-
-    @property
-    def d(self) -> int:
-        return self.rows.shape[1]
-
-    def initial(self) -> Tensor:
-        return torch.zeros(self.d)
-
-    def train(
-        self,
-        model: Tensor,
-        batch: Sequence[Examples],
-        generators: Sequence[Generator],
-        privacy: GradientPrivacy | None = None,
-        active: Tensor | None = None,
-    ) -> Trained:
-        ids = [int(examples.labels[0]) for examples in batch]
-        self.asked += ids
-        return Trained(self.rows[ids].clone(), {})
-
-    def evaluate(self, model: Tensor, split: Split) -> dict[str, Metric]:
-        return {"zero": Metric(0.0, 1, True, "share")}
+@pytest.fixture(autouse=True)
+def _toys(toys: Mapping[str, Any]) -> None:
+    """The folder's learner of given rows: clients send that of their id, canaries that train that of their label."""
+    TOYS.update(toys)
 
 
 @final
@@ -79,7 +56,8 @@ def federation(audit: Audit | None = None, plan: DPPlan | None = PLAN, seed: int
     rows = torch.randn(CLIENTS + M, D, generator=Generator().manual_seed(1))
     clients = Population(CLIENTS, lambda client: Examples({"x": torch.zeros(1, 1)}, torch.tensor([client])))
     cohort = None if plan is not None else FixedSize(5)
-    return Federation(Arm(cohort=cohort, plan=plan, audit=audit, **arm), Told(rows), clients, Seeds(seed), Local(8))
+    learner = TOYS["Told"](rows)
+    return Federation(Arm(cohort=cohort, plan=plan, audit=audit, **arm), learner, clients, Seeds(seed), Local(8))
 
 
 def played(run: Federation, until: int = 3) -> Any:

@@ -56,50 +56,8 @@ TOYS: dict[str, Any] = {}
 
 @pytest.fixture(autouse=True)
 def _toys(toys: Mapping[str, Any]) -> None:
-    """The folder's codecs and channels, where hypothesis allows no fixture of one test."""
+    """The folder's learners, codecs and channels, where hypothesis allows no fixture of one test."""
     TOYS.update(toys)
-
-
-@final
-class Told(Learner):
-    """Clients whose updates are given; those in `fails` raise, and leave rubbish behind."""
-
-    def __init__(self, rows: Tensor, fails: Sequence[int] = (), adapters: AdapterLayout | None = None) -> None:
-        self.rows, self.fails, self.layout = rows, fails, adapters
-        self.asked: list[int] = []
-
-    @property
-    def d(self) -> int:
-        return self.rows.shape[1]
-
-    @property
-    def adapters(self) -> AdapterLayout | None:
-        return self.layout
-
-    @property
-    def layers(self) -> Spans:
-        return SPANS if self.d == WIDTH else ((0, self.d),)
-
-    def initial(self) -> Tensor:
-        return torch.zeros(self.d)
-
-    def train(
-        self,
-        model: Tensor,
-        batch: Sequence[Examples],
-        generators: Sequence[Generator],
-        privacy: GradientPrivacy | None = None,
-        active: Tensor | None = None,
-    ) -> Trained:
-        ids = [int(examples.labels[0]) for examples in batch]
-        self.asked += ids
-        failed = {place: "ValueError: no good" for place, client in enumerate(ids) if client in self.fails}
-        rows = self.rows[ids].clone()
-        rows[list(failed)] = -1000.0  # undefined, and not even NaN
-        return Trained(rows if active is None else rows.masked_fill(~active, 0.0), failed)
-
-    def evaluate(self, model: Tensor, split: Split) -> dict[str, Metric]:
-        return {"zero": Metric(0.0, 1, True, "share")}
 
 
 @final
@@ -173,7 +131,8 @@ def setting(
     rows: Tensor, engine: Engine | None = None, fails: Sequence[int] = (), seed: int = 1, **arm: Any
 ) -> Federation:
     sizes = arm.pop("sizes", (3,) * len(rows))
-    return Federation(Arm(**arm), Told(rows, fails), people(sizes), Seeds(seed), engine or Watching())
+    learner = TOYS["Told"](rows, fails, layers=SPANS if rows.shape[1] == WIDTH else None)
+    return Federation(Arm(**arm), learner, people(sizes), Seeds(seed), engine or Watching())
 
 
 def played(federation: Federation) -> tuple[Tensor, RunState]:
@@ -531,7 +490,7 @@ def test_factors_that_are_not_trained_get_no_noise():
     for place in ("central", "local"):
         federation = Federation(
             Arm(plan=replace(NOISY, place=place), alternate=True),  # type: ignore[arg-type]
-            Told(torch.ones(CLIENTS, 45), adapters=layout),
+            TOYS["Told"](torch.ones(CLIENTS, 45), adapters=layout),
             people(),
             Seeds(1),
             Local(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
@@ -35,6 +35,14 @@ SIZES = (5, 1, 9, 3, 12)
 """Examples of each client: with batches of 4 they take 2, 1, 3, 1 and 3 steps, the last ones short."""
 Kind = Literal["pooled", "mean", "gpt2", "llama", "vit"]
 TEXT: tuple[Kind, ...] = ("pooled", "mean", "gpt2", "llama")
+
+TOYS: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def _toys(toys: Mapping[str, Any]) -> None:
+    """The folder's texts, their tokenizer and how examples go to clients, for the functions of this file."""
+    TOYS.update(toys)
 
 
 def base(kind: Kind) -> tuple[nn.Module, Task, list[str]]:
@@ -93,29 +101,18 @@ def bench(kind: Kind, *, dtype: torch.dtype = torch.float32, change: Any = None,
 def bench_of(model: nn.Module, task: Task) -> Workbench:
     generator = Generator().manual_seed(1)
     n = sum(SIZES)
-    inputs: Sequence[str] | Tensor = texts(n, generator)
+    inputs: Sequence[str] | Tensor = TOYS["texts"](n, LONGEST, generator, VOCABULARY)
     labels = torch.randint(0, 3, (n,), generator=generator)
-    tokenize: Any = encoded
+    tokenize = TOYS["encoded"]
     if isinstance(task, ImageClassification):
         inputs, tokenize = torch.randn(n, 1, 8, 8, generator=generator), None
     built = BuiltModel(model, tokenize, block_stack(model), lambda folder: None)
     return Workbench(built, task, Table(inputs, labels, ("a", "b", "c")))
 
 
-def texts(n: int, generator: Generator) -> list[str]:
-    lengths = torch.randint(2, LONGEST + 1, (n,), generator=generator).tolist()
-    return [" ".join(map(str, torch.randint(1, VOCABULARY, (k,), generator=generator).tolist())) for k in lengths]
-
-
-def encoded(found: Sequence[str]) -> dict[str, Tensor]:
-    rows = [torch.tensor([int(word) for word in text.split()]) for text in found]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
-
-
 def clients(own: Workbench) -> list[Examples]:
-    return [own.everything.take(places) for places in torch.arange(sum(SIZES)).split(SIZES)]
+    found: list[Examples] = TOYS["clients"](own, SIZES)
+    return found
 
 
 def learner(own: Workbench, training: LocalTraining, engine: Any = "batched", **options: Any) -> ModelLearner:
@@ -447,7 +444,7 @@ def test_peft_saves_and_loads_what_was_trained(tmp_path: Path) -> None:
     row = trained(learner(own, SGD(0.3, STEPS)))[2]
     module: Any = own.load(own.initial + row)
     module.save_pretrained(tmp_path)
-    inputs = encoded(["1 2 3", "4 5 6 7"])
+    inputs = TOYS["encoded"](["1 2 3", "4 5 6 7"])
     with torch.no_grad():
         expected = module(**inputs).logits
         loaded: Any = PeftModel.from_pretrained(base("pooled")[0].eval(), str(tmp_path))  # type: ignore[arg-type]

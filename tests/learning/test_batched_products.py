@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -24,6 +24,14 @@ LENGTHS = [3, 1, 4, 16, 17, 30, 30, 2]
 """Four of at most sixteen tokens, three longer ones, and a part of one example alone: with and without padding."""
 STEPS = Schedule(batch_size=4, epochs=2)
 SIZES = (6, 2, 9)
+
+TOYS: dict[str, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def _toys(toys: Mapping[str, Any]) -> None:
+    """The folder's texts, their tokenizer and how examples go to clients, for the functions of this file."""
+    TOYS.update(toys)
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -172,22 +180,15 @@ def bench(first: int = 1, kind: str = "bert") -> Workbench:
                 parameter.normal_(0, 0.1)
     generator = Generator().manual_seed(1)
     n = sum(SIZES)
-    lengths = torch.randint(2, 21, (n,), generator=generator).tolist()
-    texts = [" ".join(map(str, torch.randint(1, 50, (k,), generator=generator).tolist())) for k in lengths]
+    texts = TOYS["texts"](n, 20, generator)
     labels = torch.randint(0, 3, (n,), generator=generator)
-    built = BuiltModel(model.eval(), encoded, block_stack(model), lambda folder: None)
+    built = BuiltModel(model.eval(), TOYS["encoded"], block_stack(model), lambda folder: None)
     return Workbench(built, SequenceClassification(), Table(texts, labels, ("a", "b", "c")))
 
 
-def encoded(found: Sequence[str]) -> dict[str, Tensor]:
-    rows = [torch.tensor([int(word) for word in text.split()]) for text in found]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
-
-
 def clients(own: Workbench) -> list[Examples]:
-    return [own.everything.take(places) for places in torch.arange(sum(SIZES)).split(SIZES)]
+    found: list[Examples] = TOYS["clients"](own, SIZES)
+    return found
 
 
 def trained(own: Workbench, chosen: Sequence[int] = range(len(SIZES))) -> Tensor:

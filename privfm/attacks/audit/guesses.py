@@ -68,6 +68,29 @@ class Certified:
     tries: int
     ceiling: float
 
+    def bound(self, method: str, delta: float, confidence: float, canaries: int, assumes: str = "") -> Bound:
+        """As a method's statement.
+
+        Args:
+          method: by which it was computed.
+          delta: of the claim.
+          confidence: one minus the error that all tries were given together.
+          canaries: that were flipped for.
+          assumes: what must hold of the mechanism; empty: nothing.
+        """
+        return Bound(
+            method=method,
+            epsilon=self.epsilon,
+            delta=delta,
+            confidence=confidence,
+            canaries=canaries,
+            guesses=self.guesses,
+            correct=self.correct,
+            tries=self.tries,
+            ceiling=self.ceiling,
+            assumes=assumes,
+        )
+
 
 class Guesses(ABC):
     """A rule that says how many guesses are made."""

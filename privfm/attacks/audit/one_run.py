@@ -53,17 +53,7 @@ def one_run(
         return epsilon_of(m, guesses, correct, delta, error=error, chosen=chosen)
 
     found = (spread(len(values)) if guesses is None else guesses).certify(values, coins, 1 - confidence, bounding)
-    return Bound(
-        method="one run",
-        epsilon=found.epsilon,
-        delta=delta,
-        confidence=confidence,
-        canaries=len(values),
-        guesses=found.guesses,
-        correct=found.correct,
-        tries=found.tries,
-        ceiling=found.ceiling,
-    )
+    return found.bound("one run", delta, confidence, len(values))
 
 
 def p_value(m: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:

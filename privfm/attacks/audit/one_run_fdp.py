@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import erfc, exp, sqrt
-from statistics import NormalDist
+from math import exp
 from typing import final
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from privfm.attacks.audit.bisection import largest_rejected
 from privfm.attacks.audit.gaussian import gaussian_epsilon
 from privfm.attacks.audit.guesses import Guesses, Split, check_run, spread
 from privfm.attacks.audit.statements import Bound
 from privfm.checks import at_least, fraction, non_negative, require
-
-Inverse = Callable[[float], float]
-"""y -> the least probability x of an event without a canary, if with it the probability is y: `(1 - f)^-1`."""
+from privfm.trade_offs import GaussianInverse, Inverse, LargestLine
 
 _INDEPENDENT_HALVES = "the halves' traces are independent (the number of guesses was chosen on one half)"
 """Under f-DP the recursion is concave in the probability of a choice: a count chosen by the run needs this."""
@@ -71,15 +67,8 @@ class GaussianFamily(Family):
         return "the mechanism's trade-off function is Gaussian: not so for a sub-sampled run"
 
     def inverse_blow_up(self, strength: float) -> Inverse:
-        """`y -> Phi(Phi^-1(y) - mu)`; scalars of the standard library, six times as fast as scipy's."""
-        root_half, quantile = sqrt(0.5), NormalDist().inv_cdf
-
-        def inverse(y: float) -> float:
-            if y <= 0 or y >= 1:
-                return 0.0 if y <= 0 else 1.0
-            return 0.5 * erfc((strength - quantile(y)) * root_half)
-
-        return inverse
+        """`y -> Phi(Phi^-1(y) - mu)`."""
+        return GaussianInverse(strength)
 
     def epsilon(self, strength: float, delta: float) -> float:
         """Exact."""
@@ -201,16 +190,9 @@ def profile_inverse(epsilons: ArrayLike, deltas: ArrayLike) -> Inverse:
     )
     finite = bool(np.isfinite(losses).all()) and bool(((gaps >= 0) & (gaps <= 1)).all())
     require(finite, "epsilons and deltas: expected finite epsilons, and deltas in [0, 1]")
-    # A last line of slope 0 is the floor.
-    slopes = np.append(np.exp(-losses), 0.0)
-    crossings, chosen = _upper_envelope(slopes, np.append(-np.exp(-losses) * gaps, 0.0))
-    rises, starts = slopes[chosen].tolist(), np.append(-np.exp(-losses) * gaps, 0.0)[chosen].tolist()
-
-    def inverse(y: float) -> float:
-        place = bisect_right(crossings, y)
-        return float(rises[place] * y + starts[place])
-
-    return inverse
+    slopes = np.exp(-losses)
+    floor = (0.0, 0.0)
+    return LargestLine.of([floor, *zip(slopes.tolist(), (-slopes * gaps).tolist(), strict=True)])
 
 
 def one_run_fdp(
@@ -253,18 +235,8 @@ def one_run_fdp(
     rule = spread(len(values)) if guesses is None else guesses
     found = rule.certify(values, coins, 1 - confidence, bounding)
     assumptions = [curves.assumes, _INDEPENDENT_HALVES if isinstance(rule, Split) else ""]
-    return Bound(
-        method="one run, f-DP",
-        epsilon=found.epsilon,
-        delta=delta,
-        confidence=confidence,
-        canaries=len(values),
-        guesses=found.guesses,
-        correct=found.correct,
-        tries=found.tries,
-        ceiling=found.ceiling,
-        assumes="; ".join(text for text in assumptions if text),
-    )
+    assumes = "; ".join(text for text in assumptions if text)
+    return found.bound("one run, f-DP", delta, confidence, len(values), assumes=assumes)
 
 
 def rejected(inverse: Inverse, m: int, guesses: int, correct: int, *, error: float) -> bool:
@@ -299,25 +271,3 @@ def rejected(inverse: Inverse, m: int, guesses: int, correct: int, *, error: flo
         if right + wrong >= total:
             return True
     return False
-
-
-def _upper_envelope(slopes: NDArray[np.float64], starts: NDArray[np.float64]) -> tuple[list[float], list[int]]:
-    """Of the lines `slope y + start`: crossings of the largest ones, in order, and which they are (one more)."""
-    crossings: list[float] = []
-    chosen: list[int] = []
-    for line in np.lexsort((starts, slopes)).tolist():
-        if chosen and slopes[line] == slopes[chosen[-1]]:
-            chosen.pop()  # the same slope and a larger start
-            if crossings:
-                crossings.pop()
-        while chosen:
-            last = chosen[-1]
-            crossing = float((starts[last] - starts[line]) / (slopes[line] - slopes[last]))
-            if crossings and crossing <= crossings[-1]:
-                chosen.pop()
-                crossings.pop()
-                continue
-            crossings.append(crossing)
-            break
-        chosen.append(line)
-    return crossings, chosen

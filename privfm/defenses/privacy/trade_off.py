@@ -15,23 +15,19 @@ privacy profiles: Dong, Roth, Su, "Gaussian differential privacy", 2019; privacy
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import exp, inf, sqrt
-from statistics import NormalDist
+from math import exp, sqrt
 from typing import TYPE_CHECKING, final
 
 from privfm.checks import at_least, fraction, positive, require
 from privfm.defenses.privacy.accounting import PLD_LIMIT, Mechanism, SampledGaussian, account, loose
 from privfm.defenses.privacy.statements import Adversary, observed
+from privfm.trade_offs import GaussianInverse, Inverse, LargestLine
 
 if TYPE_CHECKING:
     from privfm.defenses.privacy.plan import DPPlan
-
-Inverse = Callable[[float], float]
-"""Inverse blow-up function: probability in one world -> the least it can be in the other; convex, below the line."""
 
 _LINES = 400
 """Epsilons at which the privacy profile is read, on each side of zero: the result is within 1e-4 of the exact one."""
@@ -44,26 +40,6 @@ _LEAST_DELTA = 1e-12
 
 _ROUNDING = 1e-13
 """Added to each delta: float64 convolutions and cancelling sums are right to about 1e-15."""
-
-_NORMAL = NormalDist()
-
-
-@final
-@dataclass(frozen=True)
-class GaussianInverse:
-    """Of Gaussians `mu` deviations apart, exact: `Phi(Phi^-1(y) - mu)`.
-
-    >>> round(GaussianInverse(1.0)(0.5), 4)
-    0.1587
-    """
-
-    mu: float
-
-    def __call__(self, y: float) -> float:
-        """The least probability in the other world, of an event of probability `y`; 0 and 1 stay what they are."""
-        if y <= 0:
-            return 0.0
-        return 1.0 if y >= 1 else _NORMAL.cdf(_NORMAL.inv_cdf(y) - self.mu)
 
 
 @final
@@ -79,8 +55,8 @@ class ProfileInverse:
       high: `1 - delta - e^epsilon (1 - y)`, as a function of 1 - y: near y = 1 nothing is lost to rounding.
     """
 
-    low: _LargestLine
-    high: _LargestLine
+    low: LargestLine
+    high: LargestLine
 
     @classmethod
     def of(cls, epsilons: Sequence[float], deltas: Sequence[float]) -> ProfileInverse:
@@ -93,51 +69,12 @@ class ProfileInverse:
         pairs = list(zip(epsilons, deltas, strict=True))
         low = [(exp(-epsilon), -exp(-epsilon) * delta) for epsilon, delta in pairs]
         high = [(-exp(epsilon), 1 - delta) for epsilon, delta in pairs]
-        return cls(_LargestLine.of([(0.0, 0.0), *low]), _LargestLine.of(high))
+        return cls(LargestLine.of([(0.0, 0.0), *low]), LargestLine.of(high))
 
     def __call__(self, y: float) -> float:
         """At most the least probability in the other world, of an event of probability `y`. Cost: O(log lines)."""
         y = min(max(y, 0.0), 1.0)  # a probability that rounding has carried over an end
         return max(self.low(y), self.high(1 - y))
-
-
-@final
-@dataclass(frozen=True)
-class _LargestLine:
-    """The largest of lines `slope x + intercept`.
-
-    Attributes:
-      slopes: of the lines that are the largest somewhere, ascending.
-      intercepts: theirs.
-      starts: where each becomes the largest, ascending; minus infinity first.
-    """
-
-    slopes: tuple[float, ...]
-    intercepts: tuple[float, ...]
-    starts: tuple[float, ...]
-
-    @classmethod
-    def of(cls, lines: Sequence[tuple[float, float]]) -> _LargestLine:
-        """Upper envelope of lines `(slope, intercept)`, by a monotone chain."""
-        kept: list[tuple[float, float]] = []
-        starts: list[float] = []
-        for slope, intercept in sorted(lines):
-            while kept and (start := _overtakes(kept[-1], (slope, intercept))) <= starts[-1]:
-                kept.pop()
-                starts.pop()
-            starts.append(start if kept else -inf)
-            kept.append((slope, intercept))
-        return cls(tuple(slope for slope, _ in kept), tuple(intercept for _, intercept in kept), tuple(starts))
-
-    def __call__(self, x: float) -> float:
-        place = max(bisect_right(self.starts, x) - 1, 0)
-        return self.slopes[place] * x + self.intercepts[place]
-
-
-def _overtakes(flat: tuple[float, float], steep: tuple[float, float]) -> float:
-    """From where on the steeper line is the larger; of parallel ones the second, which is not lower, everywhere."""
-    rise = steep[0] - flat[0]
-    return (flat[1] - steep[1]) / rise if rise > 0 else -inf
 
 
 def members(

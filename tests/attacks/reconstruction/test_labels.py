@@ -348,6 +348,17 @@ def test_heads_of_transformers(kind: str, weight: str, bias: str | None) -> None
     assert Labels()(Observation(model, gradients_of(model, loss(texts[1], 0))).told(examples=1)).labels == (0,)
 
 
+def test_the_head_of_a_model_without_a_token_embedding_is_found_by_its_structure() -> None:
+    """Transformers raises NotImplementedError where somebody asks a residual network for its input embeddings."""
+    library: Any = pytest.importorskip("transformers")
+    config = library.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
+    with torch.random.fork_rng(devices=[]):
+        model = library.ResNetForImageClassification(config).eval()
+    with pytest.raises(NotImplementedError):
+        model.get_input_embeddings()
+    assert head_of(model) == ("classifier.1.weight", "classifier.1.bias")
+
+
 def test_a_language_model_is_told_apart() -> None:
     library: Any = pytest.importorskip("transformers")
     with torch.random.fork_rng(devices=[]):
