@@ -176,7 +176,7 @@ def setting(unit: str, data: DataSource, device: str = "cpu", fast: bool = False
         rounds=2 if fast else rounds,
         evaluate_every=1 if fast else rounds // 2,
         checkpoint_every=5,
-        engine="batched",
+        training_engine="batched",
         device=device,
     )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, final
 
@@ -81,6 +81,13 @@ def request(command: str, argv: Sequence[str]) -> Request:
     seeds, out, workers = (found.pop(option) for option in ("seeds", "out", "workers"))
     require(out != "", "out='': expected a folder")
     return Request(name, RunConfig(**found), seeds, Path("runs", name) if out is None else Path(out), workers)
+
+
+def recorded_config(record: Mapping[str, Any]) -> RunConfig:
+    """A run's configuration from its record, as `resolved` wrote it."""
+    parser = config_parser("run")
+    made = vars(parser.instantiate(parser.parse_object(dict(record))))
+    return RunConfig(**{item.name: made[item.name] for item in fields(RunConfig)})
 
 
 def config_parser(command: str, files: Sequence[str] = (), words: Sequence[str] = ()) -> Any:

@@ -25,6 +25,7 @@ from privfm.contracts import (
     Transform,
 )
 from privfm.defenses.privacy import DPPlan
+from privfm.engines.flower.settings import FlowerSettings
 from privfm.federation.canaries import Audit
 from privfm.federation.spaces import ProductGeometry
 from privfm.learning.splits import SplitShares
@@ -67,8 +68,11 @@ class RunConfig:
       checkpoint_every: rounds between checkpoints; an interrupted run plays those since the last one again.
       clients_per_batch: honest clients trained together.
       encryption_processes: how many encrypt side by side; 1 encrypts in the run's own process.
-      engine: `batched` trains all clients of a batch in one pass, where model and training allow it; `sequential` one
-        after the other. Results differ in the last digits; the record says which was used, and why.
+      training_engine: `batched` trains all clients of a batch in one pass, where model and training allow it;
+        `sequential` one after the other. Results differ in the last digits; the record says which was used, and why.
+      engine: who carries messages: `local` plays everybody in this process; `flower` plays the same run on Flower, with
+        clients on hosts of their own.
+      flower: how, on Flower.
       strict: end the run when a client's training raises, instead of recording a drop-out.
       device: where the model runs.
       backbone: type in which what is frozen is computed during training, where it pays (on a GPU); what is trained,
@@ -103,7 +107,9 @@ class RunConfig:
     checkpoint_every: int = 1
     clients_per_batch: int = 32
     encryption_processes: int = 1
-    engine: Literal["batched", "sequential"] = "batched"
+    training_engine: Literal["batched", "sequential"] = "batched"
+    engine: Literal["local", "flower"] = "local"
+    flower: FlowerSettings = FlowerSettings()
     strict: bool = False
     device: str = "cpu"
     backbone: Literal["float32", "bfloat16"] = "float32"
@@ -114,7 +120,8 @@ class RunConfig:
         at_least("checkpoint_every", self.checkpoint_every, 1)
         at_least("clients_per_batch", self.clients_per_batch, 1)
         at_least("encryption_processes", self.encryption_processes, 1)
-        one_of("engine", self.engine, ("sequential", "batched"))
+        one_of("training_engine", self.training_engine, ("sequential", "batched"))
+        one_of("engine", self.engine, ("local", "flower"))
         one_of("backbone", self.backbone, ("float32", "bfloat16"))
         require(0 <= self.malicious_share < 1, f"malicious_share={self.malicious_share!r}: expected a number in [0, 1)")
         require(

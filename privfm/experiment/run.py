@@ -5,7 +5,7 @@ What arms share (data, splits, clients, model, activations) is made from the see
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from privfm.checks import require
 from privfm.contracts import (
     CanaryScene,
     DataSource,
+    Engine,
     LocalTraining,
     Metric,
     ModelSource,
@@ -128,7 +129,7 @@ def prepare(config: RunConfig, seed: int, folder: Path | None = None) -> Federat
     labelled = isinstance(config.task, Classification) and clients.size > 1
     mix = dealt.label_mix if labelled else None
     cast = torch.bfloat16 if config.backbone == "bfloat16" else None
-    learner = ModelLearner(bench, dealt.splits, config.training, mix, engine=config.engine, autocast=cast)
+    learner = ModelLearner(bench, dealt.splits, config.training, mix, engine=config.training_engine, autocast=cast)
     arm = arm_of(config, clients.size, seed)
     if arm.attack is not None:
         public = PublicModel(len(dealt.table.label_names), bench.built.tokenize, learner.adapters)
@@ -175,8 +176,21 @@ def recorded(spec: ArmSpec, seed: int) -> dict[str, Any]:
     return {"seed": seed, **resolved(spec.config)}
 
 
-def play_run(path: Path, spec: ArmSpec, seed: int, shared: Path | None = None) -> dict[str, Any]:
+def play_run(
+    path: Path,
+    spec: ArmSpec,
+    seed: int,
+    shared: Path | None = None,
+    engine: Callable[[Federation], Engine] | None = None,
+) -> dict[str, Any]:
     """Plays one run into a folder, from its last checkpoint where there is one, and returns its summary.
+
+    Args:
+      path: the run's folder.
+      spec: what is played.
+      seed: root of the seed tree.
+      shared: where activations are kept for other processes; None: in memory.
+      engine: gives who carries messages; None: everybody is played in this process.
 
     Raises:
       InvalidArgument: the folder holds a run of another configuration or cannot be written.
@@ -187,6 +201,8 @@ def play_run(path: Path, spec: ArmSpec, seed: int, shared: Path | None = None) -
     if run.finished:
         return run.summary()
     federation = prepare(config, seed, shared)
+    if engine is not None:
+        federation = replace(federation, engine=engine(federation))
     facts = accounted_facts(federation)
     run.describe({"trained_values": facts.d, "client_examples": list(facts.examples)})
     until = affordable_rounds(config, facts)

@@ -19,9 +19,10 @@ import torch
 
 from privfm.checks import InvalidArgument, at_least, require
 from privfm.experiment.config import ArmSpec
+from privfm.experiment.flower import Job, play_on_flower
 from privfm.experiment.run import play_run, prepare, recorded
 from privfm.experiment.visibility import visibility
-from privfm.federation import refuse_problems
+from privfm.federation import problems_elsewhere, refuse, refuse_problems
 from privfm.reporting import ExperimentIndex, IndexedArm, RunFolder, write_report
 from privfm.reporting.summary import INDEX
 
@@ -80,17 +81,20 @@ def run_experiment(experiment: Experiment, folder: Path, seeds: Sequence[int], w
         if not all(RunFolder(path).finished for path, _, _ in jobs):
             for seed in seeds:  # the activations that all arms share are computed here, once, with every core
                 for spec in experiment.arms:
-                    refuse_problems(prepare(spec.config, seed, shared))
+                    federation = prepare(spec.config, seed, shared)
+                    refuse_problems(federation)
+                    if spec.config.engine == "flower":
+                        refuse(problems_elsewhere(federation.arm))
         index.write(folder)
         _play(jobs, shared, workers)
     return write_report(folder, visibility)
 
 
-Job = tuple[Path, ArmSpec, int]
-
-
 def _play(jobs: Sequence[Job], shared: Path, workers: int) -> None:
-    with _progress(jobs) as update:
+    elsewhere = [job for job in jobs if job[1].config.engine == "flower" and not RunFolder(job[0]).finished]
+    jobs = [job for job in jobs if job not in elsewhere]
+    with _progress([*jobs, *elsewhere]) as update:
+        play_on_flower(elsewhere, shared, update)
         if workers == 1:
             with _single_threaded():
                 for path, spec, seed in jobs:

@@ -2,9 +2,9 @@
 
 from privfm.federation.arm import Arm
 from privfm.federation.checkpoints import load, save
-from privfm.federation.compatibility import Problem, problems
+from privfm.federation.compatibility import Problem, problems, problems_elsewhere
 from privfm.federation.federation import Federation, RunState
-from privfm.federation.loop import Step, public_sizes, refuse_problems, rounds, start
+from privfm.federation.loop import Step, public_sizes, refuse, refuse_problems, rounds, start
 from privfm.federation.optimizers import Adam, Average, Momentum, Yogi
 from privfm.federation.population import Cyclic, FixedSize, Poisson, Population, choose_malicious
 from privfm.federation.record import Record, visibility
@@ -31,7 +31,9 @@ __all__ = [
     "load",
     "play",
     "problems",
+    "problems_elsewhere",
     "public_sizes",
+    "refuse",
     "refuse_problems",
     "rounds",
     "save",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import inf, isinf, sqrt
 from typing import final
 
-from privfm.contracts import ROOT, Channel, Reveals, Rule
+from privfm.contracts import ROOT, Channel, Knows, Reveals, Rule, UpdateAttack
 from privfm.defenses.channels import Selective
 from privfm.defenses.mean import Mean
 from privfm.defenses.privacy import DPPlan
@@ -63,6 +63,19 @@ def problems(  # noqa: PLR0917  # all of them are facts of a run, and named wher
         _audit(arm, population),
     )
     return [Problem(what, instead) for judge in judges for wrong, what, instead in judge if wrong]
+
+
+def problems_elsewhere(arm: Arm) -> list[Problem]:
+    """What cannot be where clients are on hosts of their own; the rest of `problems` is the same there."""
+    name, needs = type(arm.attack).__name__, arm.attack.needs if isinstance(arm.attack, UpdateAttack) else Knows.OWN
+    findings = (
+        (
+            needs > Knows.OWN,
+            f"{name} is granted {needs.name} of the honest clients, which no host shows to another",
+            "engine=local, which plays that threat model, or an attack that needs only its own rows (SignFlip)",
+        ),
+    )
+    return [Problem(what, instead) for wrong, what, instead in findings if wrong]
 
 
 def _channel(arm: Arm, d: int, population: int) -> Iterator[Finding]:

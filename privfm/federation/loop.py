@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import final
@@ -11,7 +11,7 @@ from privfm.checks import RoundFailed, at_least, require
 from privfm.contracts import Metric
 from privfm.federation.canaries import nothing_kept
 from privfm.federation.client_states import ClientStates
-from privfm.federation.compatibility import problems
+from privfm.federation.compatibility import Problem, problems
 from privfm.federation.federation import Federation, RunState
 from privfm.federation.population import no_participations
 from privfm.federation.record import Record
@@ -53,7 +53,11 @@ def refuse_problems(federation: Federation) -> None:
     sizes = public_sizes(federation)
     examples = sum(sizes) if sizes else None
     refusal = learner.refuses_private_gradients() if arm.plan is not None and arm.plan.unit == "example" else ""
-    found = problems(arm, learner.d, clients.size, federation.root is not None, examples, refusal)
+    refuse(problems(arm, learner.d, clients.size, federation.root is not None, examples, refusal))
+
+
+def refuse(found: Sequence[Problem]) -> None:
+    """Raises `InvalidArgument` where anything was found."""
     require(not found, "; ".join(f"{problem.what} (instead: {problem.instead})" for problem in found))
 
 

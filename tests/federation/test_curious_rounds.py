@@ -79,7 +79,7 @@ def config_of(attack: ReconstructionAttack | None, **more: Any) -> RunConfig:
     settings: dict[str, Any] = {
         "data": Numbers(), "model": SmallBert(), "task": SequenceClassification(), "partition": IID(CLIENTS),
         "training": OneStep(0.5, EVERYTHING, dropout=False), "rule": Mean(), "channel": Plaintext(),
-        "optimizer": Average(), "rounds": 1, "cohort": FixedSize(CLIENTS), "engine": "sequential",
+        "optimizer": Average(), "rounds": 1, "cohort": FixedSize(CLIENTS), "training_engine": "sequential",
     }  # fmt: skip
     server = None if attack is None else CuriousServer(attack, seconds=20, **curious)
     return RunConfig(**(settings | {"server_attack": server} | more))

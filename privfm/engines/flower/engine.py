@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import TYPE_CHECKING, Final, final
 
-from privfm.checks import ClientFailed, Corrupt, InvalidArgument, positive, require
+from privfm.checks import ClientFailed, Corrupt, InvalidArgument, require
 from privfm.contracts import KEY_HOLDER, Cast, Channel, Engine, Exchange, Party, Sealer
 from privfm.engines.flower.messages import Greeting, Reply, Request
+from privfm.engines.flower.records import content_of, message_to
+from privfm.engines.flower.settings import FlowerSettings
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -18,29 +19,12 @@ if TYPE_CHECKING:
 POLL_SECONDS: Final = 0.05
 """Between two looks for replies. Flower's own `send_and_receive` waits 3 seconds."""
 
-RECORD: Final = "privfm"
-"""Name of the one record of every message, and of its one array."""
+_GONE: Final = (3, 4, 5, 8)
+"""Flower's codes for messages not delivered or not answered in time, nodes that left, apps that were killed."""
 
 
-@final
-@dataclass(frozen=True)
-class Waiting:
-    """How long the server waits.
-
-    Args:
-      start_seconds: for all hosts to be there before the first round.
-      stage_seconds: for the replies to one stage; whoever is later has dropped out.
-      host_seconds: until a host that Flower no longer lists, and that has not answered, counts as gone.
-    """
-
-    start_seconds: float = 300.0
-    stage_seconds: float = 3600.0
-    host_seconds: float = 5.0
-
-    def __post_init__(self) -> None:
-        positive("start_seconds", self.start_seconds)
-        positive("stage_seconds", self.stage_seconds)
-        positive("host_seconds", self.host_seconds)
+HOST_SECONDS: Final = 5.0
+"""How long a node that Flower no longer lists may still be waited for: its last reply may be on the way."""
 
 
 @final
@@ -52,14 +36,14 @@ class Flower(Engine):
     Args:
       grid: Flower's, of this run.
       server: the server's own identity and whom it believes, by round.
-      waiting: how long for what.
+      settings: how long to wait for what.
 
     Attributes:
       hosts: which node hosts which parties; grows when nodes join.
     """
 
-    def __init__(self, grid: Grid, server: Callable[[int], Party], waiting: Waiting) -> None:
-        self._grid, self.server, self.waiting = grid, server, waiting
+    def __init__(self, grid: Grid, server: Callable[[int], Party], settings: FlowerSettings) -> None:
+        self._grid, self.server, self.settings = grid, server, settings
         self.hosts: dict[int, tuple[int, ...]] = {}
 
     def meet(self, parties: Sequence[int]) -> None:
@@ -68,13 +52,13 @@ class Flower(Engine):
         Raises:
           InvalidArgument: a host says that it cannot take part, and why; a party is hosted twice, or still nowhere.
         """
-        end = time.monotonic() + self.waiting.start_seconds
+        end = time.monotonic() + self.settings.start_seconds
         while missing := set(parties) - self._hosted():
-            self._greet(end)
+            self._greet(end, first=True)
             missing = set(parties) - self._hosted()
             if missing and time.monotonic() > end:
                 raise InvalidArgument(
-                    f"after start_seconds={self.waiting.start_seconds:g} {len(self.hosts)} host(s) are there, and "
+                    f"after start_seconds={self.settings.start_seconds:g} {len(self.hosts)} host(s) are there, and "
                     f"parties {sorted(missing)[:5]} on none of them; start their SuperNodes, or wait longer"
                 )
             if missing:
@@ -83,7 +67,7 @@ class Flower(Engine):
     def open(self, channel: Channel, sealed: Sealer, cast: Cast) -> Exchange:
         """One round's exchange. `sealed` is not used: clients train where they are."""
         require(cast.broadcast is not None, "broadcast=None: clients elsewhere must be told what they start from")
-        self._greet(time.monotonic() + self.waiting.stage_seconds)  # hosts that joined, or came back
+        self._greet(time.monotonic() + self.settings.stage_seconds)  # hosts that joined, or came back
         return _FlowerExchange(self, channel, cast)
 
     def host_of(self, party: int, there: frozenset[int]) -> int | None:
@@ -95,10 +79,8 @@ class Flower(Engine):
         """Nodes that Flower lists as connected."""
         return frozenset(self._grid.get_node_ids())
 
-    def replies(
-        self, contents: Mapping[int, bytes], kind: str, now: int, end: float
-    ) -> Iterator[tuple[int, bytes | None]]:
-        """`(node, content)` as replies come, `None` from a node that failed; those that are late are missing."""
+    def replies(self, contents: Mapping[int, bytes], kind: str, now: int, end: float) -> Iterator[tuple[int, Message]]:
+        """`(node, message)` as replies come; a message may be an error, and those that are late are missing."""
         messages = [message_to(node, content, kind, now) for node, content in contents.items()]
         waiting = dict(zip(self._grid.push_messages(messages), contents, strict=True))
         absent: dict[int, float] = {}
@@ -107,7 +89,7 @@ class Flower(Engine):
             for message in came:
                 node = waiting.pop(message.metadata.reply_to_message_id, None)
                 if node is not None:
-                    yield node, content_of(message)
+                    yield node, message
             if not came:
                 self._give_up(waiting, absent)
                 time.sleep(POLL_SECONDS)
@@ -118,23 +100,29 @@ class Flower(Engine):
         for message, node in list(waiting.items()):
             if node in there:
                 absent.pop(node, None)
-            elif now - absent.setdefault(node, now) > self.waiting.host_seconds:
+            elif now - absent.setdefault(node, now) > HOST_SECONDS:
                 del waiting[message]
 
     def _hosted(self) -> set[int]:
         return {party for parties in self.hosts.values() for party in parties}
 
-    def _greet(self, end: float) -> None:
-        """Asks nodes that were not met before whom they host."""
+    def _greet(self, end: float, *, first: bool = False) -> None:
+        """Asks nodes that were not met before whom they host.
+
+        A SuperNode that was started again is a new node, while Flower lists the old one for another minute: what a
+        node says later wins, but before the first round nobody may be hosted twice.
+        """
         strangers = sorted(self.there() - self.hosts.keys())
-        for node, content in self.replies(dict.fromkeys(strangers, b""), "query", 0, end):
+        for node, message in self.replies(dict.fromkeys(strangers, b""), "query", 0, end):
+            content = content_of(message)
             if content is None:
-                raise InvalidArgument(f"node {node} failed before the first round; its log says why")
+                if message.has_error() and message.error.code in _GONE:
+                    continue
+                raise InvalidArgument(f"node {node} failed before it took part ({_failure(message)}); see its log")
             greeting = Greeting.from_bytes(content)
             require(not greeting.problem, f"node {node} cannot take part: {greeting.problem}")
-            there = self.there()
-            elsewhere = [p for p in greeting.parties if self.host_of(p, there - {node}) is not None]
-            require(not elsewhere, f"parties {elsewhere[:5]} are hosted twice; give every SuperNode its own")
+            twice = sorted(self._hosted() & set(greeting.parties)) if first else []
+            require(not twice, f"parties {twice[:5]} are hosted twice; give every SuperNode its own partition-id")
             self.hosts[node] = greeting.parties
 
 
@@ -174,8 +162,9 @@ class _FlowerExchange(Exchange):
         )
 
     def _replies(self, contents: Mapping[int, bytes]) -> Iterator[tuple[int, Mapping[int, bytes]]]:
-        end = time.monotonic() + self._engine.waiting.stage_seconds
-        for node, content in self._engine.replies(contents, "train", self._cast.round, end):
+        end = time.monotonic() + self._engine.settings.stage_seconds
+        for node, message in self._engine.replies(contents, "train", self._cast.round, end):
+            content = content_of(message)
             try:
                 reply = Reply() if content is None else Reply.from_bytes(content)
             except Corrupt:
@@ -207,26 +196,5 @@ def _in_order(
             yield party, came.pop(party)
 
 
-def message_to(node: int, content: bytes, kind: str, now: int) -> Message:
-    """A message to a node; `group_id` is the round, as in Flower's own strategies."""
-    from flwr.app import Message
-
-    return Message(content=record_of(content), dst_node_id=node, message_type=kind, group_id=str(now))
-
-
-def record_of(content: bytes) -> Any:
-    """Bytes as Flower carries them: an array record, which it cuts into chunks."""
-    from flwr.app import Array, ArrayRecord, RecordDict
-
-    array = Array(dtype="uint8", shape=(len(content),), stype="privfm.bytes", data=content)
-    return RecordDict({RECORD: ArrayRecord({RECORD: array})})
-
-
-def content_of(message: Message) -> bytes | None:
-    """The inverse; None where the message is an error or another's."""
-    if message.has_error():
-        return None
-    record = message.content.array_records.get(RECORD)
-    if record is None or RECORD not in record:
-        return None
-    return bytes(record[RECORD].data)
+def _failure(message: Message) -> str:
+    return f"code {message.error.code}: {message.error.reason}" if message.has_error() else "a reply of another app"

@@ -10,7 +10,7 @@ from typing import Final, final
 import torch
 
 from privfm.checks import ClientFailed, Corrupt, require
-from privfm.contracts import Cast, Encoded, Identity, Memory, Party
+from privfm.contracts import KEY_HOLDER, Cast, Encoded, Identity, Memory, Party
 from privfm.defenses.privacy.releases import BOUND
 from privfm.engines.flower.messages import Reply, Request
 from privfm.engines.flower.store import NodeStore
@@ -163,13 +163,26 @@ def _noted(memories: Mapping[int, Memory], now: int) -> bytes:
     return packed({_ROUND: now}, parts)
 
 
-def hosted_here(place: int, places: int, population: int, malicious: Sequence[int] = ()) -> tuple[int, ...]:
-    """Clients of the host at `place` of `places`: the malicious, who act together, on the first, the others in turns.
+def parties_of(federation: Federation) -> tuple[int, ...]:
+    """Everybody who answers in a run: clients, canaries, a key holder where the channel has one."""
+    holder = (KEY_HOLDER,) if federation.arm.wire.key_holder_stages else ()
+    return (*range(federation.parties), *holder)
 
-    >>> hosted_here(0, 2, 5, malicious=[3]), hosted_here(1, 2, 5, malicious=[3])
-    ((0, 2, 3), (1, 4))
+
+def hosted_here(place: int, places: int, federation: Federation) -> tuple[int, ...]:
+    """Parties of the host at `place` of `places`.
+
+    A key holder is alone on the last; the malicious, who act together, are on the first; all others are dealt out in
+    turns.
+
+    Raises:
+      InvalidArgument: there is no such place, or none is left for clients.
     """
     require(0 <= place < places, f"partition-id={place}: expected 0 to {places - 1}")
-    together = set(malicious)
-    honest = [client for client in range(population) if client not in together]
-    return tuple(sorted([*honest[place::places], *(together if place == 0 else ())]))
+    holder = KEY_HOLDER in parties_of(federation)
+    require(places > holder, f"num-partitions={places}: the last is the key holder's alone; expected one more")
+    if holder and place == places - 1:
+        return (KEY_HOLDER,)
+    together = set(federation.arm.malicious)
+    honest = [client for client in range(federation.parties) if client not in together]
+    return tuple(sorted([*honest[place :: places - holder], *(together if place == 0 else ())]))

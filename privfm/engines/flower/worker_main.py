@@ -97,7 +97,8 @@ class _Worker:
         written.setblocking(False)
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
-        os.register_at_fork(after_in_child=self._forget)
+        # A child's SIGTERM must not be written to the socket it shares, however soon after the fork it comes.
+        os.register_at_fork(before=_hold_sigterm, after_in_parent=_release_sigterm, after_in_child=self._forget)
 
         def look() -> None:
             while born(owner) == birth:
@@ -136,6 +137,15 @@ class _Worker:
         self.listener.close()  # a child that outlives a killed worker must not seem to be it
         if self.connection:
             self.connection.close()
+        _release_sigterm()
+
+
+def _hold_sigterm() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
+def _release_sigterm() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 def _run(entry: str, payload: bytes) -> tuple[bytes, ...]:

@@ -1,0 +1,71 @@
+"""The ClientApp: a thin process that hands every message to whatever holds model and data.
+
+Flower starts a fresh process for every message. What is expensive (torch, model, data) is in a worker that outlives it,
+and what a host must remember for a round is in the SuperNode's memory (`context.state`): neither is sent to anybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from flwr.app import ConfigRecord, Context, Message
+from flwr.clientapp import ClientApp
+
+from privfm.engines.flower.records import content_of, record_of
+from privfm.engines.flower.wire import packed, unpacked
+
+ENTRY: Final = "privfm.cli.flower_entry:answer"
+"""The function that plays a host, wherever it runs: bytes in, bytes out."""
+
+_MEMORY: Final = "privfm.memory"
+"""Entry of the SuperNode's own state: what this host remembers of the present round."""
+
+
+def client_app(folder: Path) -> ClientApp:
+    """The ClientApp of an app folder.
+
+    Args:
+      folder: with the run's configuration and everybody's public identity, as installed on this host.
+    """
+    app = ClientApp()
+
+    @app.query()
+    def greet(message: Message, context: Context) -> Message:
+        """Whom this host plays."""
+        return Message(content=record_of(_ask(folder, "greet", b"", context)), reply_to=message)
+
+    @app.train()
+    def answer(message: Message, context: Context) -> Message:
+        """One stage of one round."""
+        content = content_of(message)
+        return Message(content=record_of(_ask(folder, "answer", content or b"", context)), reply_to=message)
+
+    return app
+
+
+def _ask(folder: Path, what: str, content: bytes, context: Context) -> bytes:
+    """The host's reply; its memory goes back into this node's state."""
+    own = context.state.config_records.get(_MEMORY)
+    memory = own["bytes"] if own is not None else b""
+    if not isinstance(memory, bytes):
+        raise TypeError("the state of this node is not what privfm has written")
+    node = dict(context.node_config)
+    order = {"what": what, "folder": str(folder), "node": node, "run": dict(context.run_config)}
+    payload = packed(order, {"content": content, "memory": memory})
+    head, parts = unpacked(_caller(context, node)(payload))
+    context.state.config_records[_MEMORY] = ConfigRecord({"bytes": parts["memory"]})
+    if "error" in head:
+        raise RuntimeError(str(head["error"]))
+    return parts["content"]
+
+
+def _caller(context: Context, node: dict[str, Any]) -> Callable[[bytes], bytes]:
+    """A persistent worker on a SuperNode of its own; in the simulation this process is one already."""
+    from privfm.engines.flower import worker
+
+    if not node.get("persistent-worker", False):
+        return lambda payload: worker.call_here(ENTRY, payload)
+    key, owner = f"{context.run_id}/{context.node_id}", worker.supernode_pid()
+    return lambda payload: worker.call(ENTRY, key, payload, owner=owner)
