@@ -22,7 +22,7 @@ from privfm.defenses.channels import PairwiseMasks, Selective
 from privfm.engines import Local
 from privfm.experiment import RunConfig, arm_of, deal
 from privfm.experiment.run import AccountedFacts, affordable_rounds
-from privfm.federation import Arm, problems
+from privfm.federation import Arm, problems, problems_elsewhere
 from privfm.federation.canaries import Audit
 from privfm.federation.compatibility import table
 from privfm.federation.rehearsal import Rehearsal
@@ -127,6 +127,8 @@ def check(argv: Sequence[str]) -> int:
     outline = Outline.of(asked.config, next(iter(asked.seeds), 0))
     examples = sum(outline.examples)
     found = problems(outline.arm, outline.d, outline.clients, outline.rooted, examples, outline.private_gradients)
+    if asked.config.engine == "flower":
+        found += problems_elsewhere(outline.arm, bool(asked.config.clients_elsewhere))
     for problem in found:
         say(f"problem: {problem.what}\ninstead: {problem.instead}\n")
     for name, text in (*_sizes(outline, measurable=not found), *_who_sees_what(outline)):

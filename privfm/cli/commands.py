@@ -17,9 +17,11 @@ COMMANDS = {
     "report": ("privfm.cli.records", "write the report of an experiment's folder again"),
     "account": ("privfm.cli.records", "compute epsilon again from a run's record"),
     "export": ("privfm.cli.records", "copy of a run what may leave the machine"),
+    "flower-app": ("privfm.cli.flower", "write the folder that `flwr run` takes to a real federation"),
+    "flower-identity": ("privfm.cli.flower", "make the secrets of one host of a real federation, on that host"),
     "doctor": ("privfm.cli.doctor", "say what is installed and what works here"),
 }
-"""Module and purpose of each command; the module has a function of the command's name that takes its arguments."""
+"""Module and purpose of each command; the module's function of that name (`flower_app`) takes the arguments."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,12 +47,12 @@ def _dispatch(words: list[str]) -> int:
     name, rest = words[0], words[1:]
     one_of("COMMAND", name, COMMANDS)
     module, _ = COMMANDS[name]
-    status: int = getattr(import_module(module), name)(rest)
+    status: int = getattr(import_module(module), name.replace("-", "_"))(rest)
     return status
 
 
 def _help() -> str:
-    lines = [f"  {name:<9}{purpose}" for name, (_, purpose) in COMMANDS.items()]
+    lines = [f"  {name:<17}{purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: privfm COMMAND ... | privfm --version | privfm --help",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from privfm.checks import require
 from privfm.cli.explain import public_classes
+from privfm.cli.options import read_toml
 from privfm.cli.run import recorded_config
 from privfm.contracts import SERVER, Engine, Party
 from privfm.engines.flower.app import Place, read_record
@@ -20,17 +21,24 @@ from privfm.engines.flower.node import Keys, Node, hosted_here, parties_of
 from privfm.engines.flower.store import NodeStore
 from privfm.engines.flower.wire import packed, unpacked
 from privfm.experiment.config import ArmSpec
-from privfm.experiment.run import play_run, prepare
+from privfm.experiment.run import OwnData, arm_of, play_run, prepare
 from privfm.federation import Federation
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid, ServerApp
 
 
-def spec_of(package: Path) -> ArmSpec:
-    """What an app's folder says is to be played."""
+def spec_of(package: Path, data: str = "") -> ArmSpec:
+    """What an app's folder says is to be played.
+
+    Args:
+      package: inside the app's folder.
+      data: TOML file with this host's own table `data`; empty: what the configuration says.
+    """
     public_classes()
     record = read_record(package)
+    if data:
+        record["config"]["data"] = read_toml(data).get("data")
     if record["folder"] and record["folder"] not in sys.path:
         sys.path.append(record["folder"])  # for the user's own classes; behind everything installed, to hide nothing
     return ArmSpec(record["name"], record["title"], record["group"], recorded_config(record["config"]), record["kind"])
@@ -60,7 +68,7 @@ def _engine(grid: Grid, package: Path, place: Place, spec: ArmSpec, federation: 
     own = read_secrets(Path(place.server_secrets) if place.server_secrets else place.secrets_of("server"))[SERVER]
     pinned = Pinned(package / PUBLIC)
     engine = Flower(grid, lambda now: Party(SERVER, now, own, pinned), settings)
-    engine.meet(parties_of(federation))
+    engine.meet(parties_of(federation.arm, federation.parties))
     return engine
 
 
@@ -100,18 +108,25 @@ class Host:
     """
 
     def __init__(self, package: Path, place: Place, own: Mapping[str, Any]) -> None:
-        spec = spec_of(package)
+        spec, record = spec_of(package, str(own.get("data", ""))), read_record(package)
         _one_thread_each(spec.config.flower.threads)
-        federation = _federation(package, place)
-        number = int(own["partition-id"])
-        self.parties = hosted_here(number, int(own["num-partitions"]), federation)
+        config, number = spec.config, int(own["partition-id"])
+        if config.clients_elsewhere:
+            clients = config.clients_elsewhere
+            arm = arm_of(config, clients, place.seed)
+            self.parties = hosted_here(number, int(own["num-partitions"]), arm, clients)
+            here = OwnData(tuple(party for party in self.parties if party >= 0), tuple(record["label_names"]))
+            federation = prepare(config, place.seed, None, here)
+        else:
+            federation = _federation(package, place)
+            self.parties = hosted_here(number, int(own["num-partitions"]), federation.arm, federation.parties)
         secrets = Path(own["secrets"]) if "secrets" in own else place.secrets_of(number)
         identities = read_secrets(secrets)
         missing = set(self.parties) - identities.keys()
         require(not missing, f"{secrets} holds no identity of parties {sorted(missing)[:5]}, which are hosted here")
-        keys = Keys({party: identities[party] for party in self.parties}, Pinned(package / PUBLIC))
+        pinned = Pinned(Path(own["identities"]) if "identities" in own else package / PUBLIC)
+        keys = Keys({party: identities[party] for party in self.parties}, pinned)
         folder = Path(own["store"]) if "store" in own else Path(place.out, "hosts", str(number))
-        config = spec.config
         store = NodeStore(folder, config.checkpoint_every + 1)
         self.node = Node(federation, keys, store, config.clients_per_batch, config.encryption_processes)
 

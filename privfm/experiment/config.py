@@ -134,6 +134,11 @@ class RunConfig:
             why = f"device={self.device!r} does not work here: {first_line(reason)}; use cpu"
             raise InvalidArgument(why) from reason
 
+    @property
+    def clients_elsewhere(self) -> int:
+        """Clients with data of their own on their hosts; 0: all data are here, and dealt out."""
+        return self.flower.clients if self.engine == "flower" else 0
+
 
 @final
 @dataclass(frozen=True)

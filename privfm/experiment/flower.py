@@ -9,13 +9,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
 from privfm.checks import require
-from privfm.contracts import KEY_HOLDER, SERVER
+from privfm.contracts import SERVER
 from privfm.engines.flower.app import Place, write_app
 from privfm.engines.flower.identities import make_secrets
-from privfm.engines.flower.node import hosted_here, parties_of
+from privfm.engines.flower.node import hosted_here
 from privfm.engines.flower.settings import FlowerSettings
 from privfm.experiment.config import ArmSpec, resolved
-from privfm.experiment.run import prepare
+from privfm.experiment.run import deal, prepare
 from privfm.federation import Federation
 from privfm.reporting import RunFolder
 
@@ -49,7 +49,7 @@ def play_on_flower(jobs: Sequence[Job], shared: Path, update: Callable[[], None]
 
 def _play_session(jobs: Sequence[Job], settings: FlowerSettings, shared: Path, update: Callable[[], None]) -> None:
     federations = [prepare(spec.config, seed, shared) for _, spec, seed in jobs]
-    nodes = settings.hosts + any(KEY_HOLDER in parties_of(federation) for federation in federations)
+    nodes = settings.hosts + any(bool(federation.arm.wire.key_holder_stages) for federation in federations)
     with TemporaryDirectory(prefix="privfm-flower-") as name:
         folder = Path(name)
         with _session(folder / "session", settings, nodes) as session:
@@ -57,21 +57,25 @@ def _play_session(jobs: Sequence[Job], settings: FlowerSettings, shared: Path, u
                 secrets, common = str(folder / f"secrets-{number}"), str(shared.absolute())
                 place = Place(str(path.absolute()), seed, "", secrets, common)
                 public = _make_all_secrets(place, federation, nodes)
-                app = write_app(folder / f"app-{number}", _APP, record_of(spec, Path.cwd()), public, place)
+                app = write_app(folder / f"app-{number}", _APP, record_of(spec, seed, Path.cwd()), public, place)
                 session.run(app, {"seed": seed}, _LONGEST)
                 require(RunFolder(path).finished, f"{path}: Flower says that the run has ended, and it has not")
                 update()
 
 
-def record_of(spec: ArmSpec, folder: Path | None = None) -> dict[str, Any]:
+def record_of(spec: ArmSpec, seed: int, folder: Path | None = None) -> dict[str, Any]:
     """What an app's `run.json` holds.
 
     Args:
       spec: what is played.
+      seed: root of the seed tree.
       folder: from which the user's own classes are imported, where hosts are this machine.
     """
     record = {"name": spec.name, "title": spec.title, "group": spec.group, "kind": spec.kind}
-    return {**record, "config": resolved(spec.config), "folder": "" if folder is None else str(folder)}
+    elsewhere = spec.config.clients_elsewhere > 0
+    names = deal(spec.config, seed).table.label_names if elsewhere else ()
+    where = "" if folder is None else str(folder)
+    return {**record, "config": resolved(spec.config), "folder": where, "label_names": list(names)}
 
 
 def _session(folder: Path, settings: FlowerSettings, nodes: int) -> Session:
@@ -91,5 +95,5 @@ def _make_all_secrets(place: Place, federation: Federation, nodes: int) -> dict[
     Path(place.loopback).mkdir(mode=0o700)
     public = make_secrets(place.secrets_of("server"), [SERVER])
     for number in range(nodes):
-        public |= make_secrets(place.secrets_of(number), hosted_here(number, nodes, federation))
+        public |= make_secrets(place.secrets_of(number), hosted_here(number, nodes, federation.arm, federation.parties))
     return public

@@ -5,6 +5,7 @@ What arms share (data, splits, clients, model, activations) is made from the see
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
@@ -78,13 +79,72 @@ class Dealt:
         return mix.index_put_((owners, labels), torch.ones_like(owners), accumulate=True)
 
 
-def deal(config: RunConfig, seed: int) -> Dealt:
+@final
+@dataclass(frozen=True)
+class OwnData:
+    """What a host is, where every host has data of its own.
+
+    Attributes:
+      clients: those that it hosts.
+      label_names: of the whole federation, by label.
+    """
+
+    clients: tuple[int, ...]
+    label_names: tuple[str, ...]
+
+
+def deal(config: RunConfig, seed: int, own: OwnData | None = None) -> Dealt:
     """Reads the data, splits them and deals them out to clients.
+
+    Args:
+      config: the run.
+      seed: root of the seed tree.
+      own: a host with data of its own, all of which are its clients'; None: the server, or who plays everybody.
 
     Raises:
       InvalidArgument: the data cannot be read, or a client would be empty.
     """
+    if own is not None:
+        return _deal_own(config, seed, own)
+    if config.clients_elsewhere:
+        table, nobody = _table(config.data), torch.zeros(0, dtype=torch.int64)
+        splits = split(table, config.splits, Seeds(seed).generator("split"))
+        return Dealt(table, splits, config.partition, [nobody] * config.clients_elsewhere)
     return _deal(config.data, config.splits, config.partition, seed)
+
+
+def _deal_own(config: RunConfig, seed: int, own: OwnData) -> Dealt:
+    """A host's own rows: each natural client's together where rows name one, else dealt out evenly."""
+    table = relabelled(_table(config.data), own.label_names)
+    here, natural = len(own.clients), table.clients
+    if natural is not None:
+        names = sorted(set(natural))
+        require(len(names) == here, f"the data here name {len(names)} client(s); this host is to play {here}")
+        rows = [torch.tensor([row for row, owner in enumerate(natural) if owner == name]) for name in names]
+    else:
+        require(len(table.labels) >= here, f"{len(table.labels)} row(s) here for {here} client(s); each needs one")
+        order = torch.randperm(len(table.labels), generator=Seeds(seed).generator("partition"))
+        rows = [places.sort().values for places in torch.tensor_split(order, max(here, 1))]
+    nobody = torch.zeros(0, dtype=torch.int64)
+    clients = dict(zip(own.clients, rows, strict=False))
+    splits: dict[Split, Tensor] = dict.fromkeys(("validation", "test", "server", "holdout"), nobody)
+    splits["clients"] = torch.arange(len(table.labels))
+    everybody = [clients.get(client, nobody) for client in range(config.clients_elsewhere)]
+    return Dealt(table, splits, config.partition, everybody)
+
+
+def relabelled(table: Table, label_names: Sequence[str]) -> Table:
+    """A table whose labels count as in `label_names`, of which it may hold only some.
+
+    Raises:
+      InvalidArgument: it has a label that is not among them.
+    """
+    foreign = [name for name in table.label_names if name not in label_names]
+    require(not foreign, f"labels {foreign[:5]} are not among the federation's {list(label_names)[:10]}")
+    if table.label_names == tuple(label_names):
+        return table
+    numbers = torch.tensor([list(label_names).index(name) for name in table.label_names], dtype=torch.int64)
+    return replace(table, labels=numbers[table.labels], label_names=tuple(label_names))
 
 
 @lru_cache(maxsize=2)  # an experiment's arms, and its centralised reference
@@ -112,21 +172,23 @@ def arm_of(config: RunConfig, clients: int, seed: int) -> Arm:
     return Arm(**shared, malicious=tuple(sorted(set(config.malicious))))
 
 
-def prepare(config: RunConfig, seed: int, folder: Path | None = None) -> Federation:
+def prepare(config: RunConfig, seed: int, folder: Path | None = None, own: OwnData | None = None) -> Federation:
     """Everything a run needs, from its configuration and its seed.
 
     Args:
       config: the run.
       seed: root of the seed tree.
       folder: where activations are kept for other processes; None: in memory.
+      own: a host with data of its own; None: the server, or who plays everybody.
 
     Raises:
       InvalidArgument: something is missing, or the parts do not fit together.
     """
-    dealt = deal(config, seed)
-    bench = _bench(config.data, config.model, config.task, config.device, seed, folder)
+    dealt = deal(config, seed, own)
+    names = None if own is None else own.label_names
+    bench = _bench(config.data, names, config.model, config.task, config.device, seed, folder)
     clients = Population.of(bench.everything, dealt.clients)
-    labelled = isinstance(config.task, Classification) and clients.size > 1
+    labelled = isinstance(config.task, Classification) and clients.size > 1 and not config.clients_elsewhere
     mix = dealt.label_mix if labelled else None
     cast = torch.bfloat16 if config.backbone == "bfloat16" else None
     learner = ModelLearner(bench, dealt.splits, config.training, mix, engine=config.training_engine, autocast=cast)
@@ -143,8 +205,8 @@ def prepare(config: RunConfig, seed: int, folder: Path | None = None) -> Federat
     if arm.audit is not None:
         scene = _canary_scene(bench, learner, dealt)
         arm = replace(arm, audit=arm.audit.fitted(scene, seeds))
-    own = dealt.splits["server"]
-    root = bench.everything.take(own) if len(own) else None
+    servers = dealt.splits["server"]
+    root = bench.everything.take(servers) if len(servers) else None
     engine = Local(config.clients_per_batch, config.encryption_processes)
     return Federation(arm, learner, clients, seeds, engine, config.strict, root)
 
@@ -217,6 +279,7 @@ def play_run(
     learner.bench.save(state.model, path / "model")
     require(len(run.rows()) == until, f"{path}: another process has written to this run; choose another folder")
     summary = _summary(spec, seed, federation, run, learner.evaluate(state.model, "test"))
+    summary["model_sha256"] = hashlib.sha256(state.model.numpy().tobytes()).hexdigest()
     summary |= _guarantees(config, facts, len(run.rows()))
     if config.audit is not None:
         summary["audited"] = audit_summary(audited(federation, state, learner.losses), config.audit)
@@ -262,6 +325,7 @@ def _summary(
             for name, m in metrics.items()
         },
         "training_engine": learner.engine_note,
+        "engine": config.engine if config.engine == "local" else f"flower, {config.flower.mode}",
         "rule": repr(config.rule),
         "rule_name": config.rule.title,
         "adapters": None if config.adapters is None else config.adapters.mode,
@@ -330,10 +394,11 @@ def _guarantees(config: RunConfig, facts: AccountedFacts, after: int) -> dict[st
 
 @lru_cache(maxsize=1)
 def _bench(  # noqa: PLR0917  # a cache is keyed by position
-    data: DataSource, model: ModelSource, task: Task, device: str, seed: int, folder: Path | None
-) -> Workbench:
+    data: DataSource, names: tuple[str, ...] | None, model: ModelSource, task: Task, device: str, seed: int,
+    folder: Path | None,
+) -> Workbench:  # fmt: skip
     """What arms of one seed share; the last one is kept, so that a worker's next arm starts at once."""
-    table = _table(data)
+    table = _table(data) if names is None else relabelled(_table(data), names)
     built = model.build(table.label_names, Seeds(seed).generator("initialisation"))
     return Workbench(built, task, table, device, folder)
 

@@ -84,7 +84,7 @@ def run_experiment(experiment: Experiment, folder: Path, seeds: Sequence[int], w
                     federation = prepare(spec.config, seed, shared)
                     refuse_problems(federation)
                     if spec.config.engine == "flower":
-                        refuse(problems_elsewhere(federation.arm))
+                        refuse(problems_elsewhere(federation.arm, bool(spec.config.clients_elsewhere)))
         index.write(folder)
         _play(jobs, shared, workers)
     return write_report(folder, visibility)

@@ -15,12 +15,12 @@ ENVIRONMENT: dict[str, Visibility] = dict.fromkeys(
     ("privfm", "python", "platform", "cpu_count", "torch_threads", "device", "device_name", "versions", "git"), "public"
 )  # the command line stays private: it may hold the seed
 SUMMARY: dict[str, Visibility] = {
-    **dict.fromkeys(("utility", "metrics", "epsilon", "epsilons", "epsilon_curve"), "released"),
+    **dict.fromkeys(("utility", "metrics", "model_sha256", "epsilon", "epsilons", "epsilon_curve"), "released"),
     **dict.fromkeys(
         (
             "arm", "title", "kind", "utility_metric", "utility_n", "utility_unit", "higher_is_better",
             "trivial_utility", "rule_name", "channel_name", "channel_settings", "learns", "unprotected",
-            "attack_name", "attack_knowledge", "trained_values", "clients", "cohort_expected", "client_examples",
+            "attack_name", "attack_knowledge", "trained_values", "clients", "cohort_expected", "client_examples", "engine",
         ),
         "public",
     ),

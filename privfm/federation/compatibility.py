@@ -65,14 +65,35 @@ def problems(  # noqa: PLR0917  # all of them are facts of a run, and named wher
     return [Problem(what, instead) for judge in judges for wrong, what, instead in judge if wrong]
 
 
-def problems_elsewhere(arm: Arm) -> list[Problem]:
-    """What cannot be where clients are on hosts of their own; the rest of `problems` is the same there."""
+def problems_elsewhere(arm: Arm, own_data: bool = False) -> list[Problem]:
+    """What cannot be where clients are on hosts of their own; the rest of `problems` is the same there.
+
+    Args:
+      arm: to be judged.
+      own_data: each host has data of its own, of which the server knows nothing.
+    """
+    sized = arm.weighting == "examples" or (arm.plan is not None and arm.plan.makes_sizes_public)
     name, needs = type(arm.attack).__name__, arm.attack.needs if isinstance(arm.attack, UpdateAttack) else Knows.OWN
     findings = (
         (
             needs > Knows.OWN,
             f"{name} is granted {needs.name} of the honest clients, which no host shows to another",
             "engine=local, which plays that threat model, or an attack that needs only its own rows (SignFlip)",
+        ),
+        (
+            not arm.channel.server_learns_sum,
+            f"clients alone open a sum of {type(arm.channel).__name__}, and here their replies go through the server",
+            "a sum that the server may see (release=public), or engine=local",
+        ),
+        (
+            own_data and sized,
+            "weighting or plan need to know how many examples each client holds, and hosts do not tell",
+            "weighting=equal, and a plan whose unit is the client, without weight_cap",
+        ),
+        (
+            own_data and (arm.audit is not None or arm.server_attack is not None),
+            "an audit or a curious server is scored with clients' data, which are not here",
+            "flower.clients=0, where all data are read everywhere and dealt out",
         ),
     )
     return [Problem(what, instead) for wrong, what, instead in findings if wrong]

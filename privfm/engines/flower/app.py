@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ MODULE: Final = "privfm_app"
 """Name of the package inside an app folder."""
 
 RUN: Final = "run.json"
-"""Name of the file with the run's configuration, beside `identities.PUBLIC`."""
+"""Name of the file with the run's configuration, beside the folder `identities.PUBLIC`."""
 
 _LARGEST: Final = 10 * 1024 * 1024  # bytes of a Flower app, flwr.common.constant.FAB_MAX_SIZE
 
@@ -107,6 +108,12 @@ class Place:
             str(config["shared"]),
         )
 
+    @classmethod
+    def read(cls, folder: Path) -> Place:
+        """As an app's folder says it."""
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+        return cls.of(project["tool"]["flwr"]["app"]["config"])
+
     def secrets_of(self, host: int | str) -> Path:
         """Where a host's secrets are when all hosts are this machine."""
         return Path(self.loopback, f"host-{host}.json")
@@ -119,7 +126,7 @@ def write_app(folder: Path, name: str, record: Mapping[str, Any], public: Mappin
       folder: a new one.
       name: of the app, in lower case.
       record: what to play, as `run.json` holds it.
-      public: everybody's public identity.
+      public: everybody's public identity; empty where hosts make their own and send the public halves later.
       place: defaults of the app's configuration.
 
     Raises:
@@ -135,8 +142,10 @@ def write_app(folder: Path, name: str, record: Mapping[str, Any], public: Mappin
     (package / "server_app.py").write_text(_SERVER, encoding="utf-8")
     (package / "client_app.py").write_text(_CLIENT, encoding="utf-8")
     (package / RUN).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    write_public(package / PUBLIC, public)
-    size = sum(path.stat().st_size for path in package.iterdir())
+    (package / PUBLIC).mkdir()
+    if public:
+        write_public(package / PUBLIC / "everybody.json", public)
+    size = sum(path.stat().st_size for path in package.rglob("*"))
     require(size < _LARGEST, f"the app has {size} bytes, Flower takes {_LARGEST}: fewer clients, or hosts with files")
     return folder
 

@@ -46,7 +46,12 @@ def client_app(folder: Path) -> ClientApp:
 
 
 def _ask(folder: Path, what: str, content: bytes, context: Context) -> bytes:
-    """The host's reply; its memory goes back into this node's state."""
+    """The host's reply; its memory goes back into this node's state.
+
+    Where there is no reply the memory stays as it was, and with it what was answered already: whoever could have it
+    erased by a message that makes no sense could ask for everything once more. Flower itself keeps the state of an app
+    that raised in a deployment, and not in the simulation.
+    """
     own = context.state.config_records.get(_MEMORY)
     memory = own["bytes"] if own is not None else b""
     if not isinstance(memory, bytes):
@@ -55,9 +60,9 @@ def _ask(folder: Path, what: str, content: bytes, context: Context) -> bytes:
     order = {"what": what, "folder": str(folder), "node": node, "run": dict(context.run_config)}
     payload = packed(order, {"content": content, "memory": memory})
     head, parts = unpacked(_caller(context, node)(payload))
-    context.state.config_records[_MEMORY] = ConfigRecord({"bytes": parts["memory"]})
     if "error" in head:
         raise RuntimeError(str(head["error"]))
+    context.state.config_records[_MEMORY] = ConfigRecord({"bytes": parts["memory"]})
     return parts["content"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, final
@@ -51,10 +52,11 @@ class Flower(Engine):
 
         Raises:
           InvalidArgument: a host says that it cannot take part, and why; a party is hosted twice, or still nowhere.
+          Corrupt: a node answers what no host of this version of privfm says.
         """
         end = time.monotonic() + self.settings.start_seconds
         while missing := set(parties) - self._hosted():
-            self._greet(end, first=True)
+            self._greet(end - time.monotonic(), first=True)
             missing = set(parties) - self._hosted()
             if missing and time.monotonic() > end:
                 raise InvalidArgument(
@@ -67,7 +69,7 @@ class Flower(Engine):
     def open(self, channel: Channel, sealed: Sealer, cast: Cast) -> Exchange:
         """One round's exchange. `sealed` is not used: clients train where they are."""
         require(cast.broadcast is not None, "broadcast=None: clients elsewhere must be told what they start from")
-        self._greet(time.monotonic() + self.settings.stage_seconds)  # hosts that joined, or came back
+        self._greet(min(self.settings.start_seconds, self.settings.stage_seconds))  # who joined, or came back
         return _FlowerExchange(self, channel, cast)
 
     def host_of(self, party: int, there: frozenset[int]) -> int | None:
@@ -80,9 +82,19 @@ class Flower(Engine):
         return frozenset(self._grid.get_node_ids())
 
     def replies(self, contents: Mapping[int, bytes], kind: str, now: int, end: float) -> Iterator[tuple[int, Message]]:
-        """`(node, message)` as replies come; a message may be an error, and those that are late are missing."""
+        """`(node, message)` as replies come; a message may be an error, and those that are late are missing.
+
+        Raises:
+          InvalidArgument: Flower takes none of the messages, which are too large for it.
+        """
         messages = [message_to(node, content, kind, now) for node, content in contents.items()]
-        waiting = dict(zip(self._grid.push_messages(messages), contents, strict=True))
+        names = list(self._grid.push_messages(messages))
+        require(
+            len(names) == len(messages),
+            f"Flower has taken {len(names)} of {len(messages)} messages of up to "
+            f"{max(map(len, contents.values()), default=0)} bytes; its log says why",
+        )
+        waiting = {name: node for name, node in zip(names, contents, strict=True) if name}  # none: the node has left
         absent: dict[int, float] = {}
         while waiting and time.monotonic() < end:
             came = list(self._grid.pull_messages(list(waiting)))
@@ -106,24 +118,34 @@ class Flower(Engine):
     def _hosted(self) -> set[int]:
         return {party for parties in self.hosts.values() for party in parties}
 
-    def _greet(self, end: float, *, first: bool = False) -> None:
+    def _greet(self, seconds: float, *, first: bool = False) -> None:
         """Asks nodes that were not met before whom they host.
 
         A SuperNode that was started again is a new node, while Flower lists the old one for another minute: what a
-        node says later wins, but before the first round nobody may be hosted twice.
+        node says later wins, but before the first round nobody may be hosted twice. Later on nobody who joins can end
+        the run: who cannot take part is left out, and asked again before the next round.
         """
         strangers = sorted(self.there() - self.hosts.keys())
+        end = time.monotonic() + seconds
         for node, message in self.replies(dict.fromkeys(strangers, b""), "query", 0, end):
-            content = content_of(message)
-            if content is None:
-                if message.has_error() and message.error.code in _GONE:
-                    continue
-                raise InvalidArgument(f"node {node} failed before it took part ({_failure(message)}); see its log")
-            greeting = Greeting.from_bytes(content)
-            require(not greeting.problem, f"node {node} cannot take part: {greeting.problem}")
-            twice = sorted(self._hosted() & set(greeting.parties)) if first else []
-            require(not twice, f"parties {twice[:5]} are hosted twice; give every SuperNode its own partition-id")
-            self.hosts[node] = greeting.parties
+            if message.has_error() and message.error.code in _GONE:
+                continue
+            try:
+                self._meet(node, message, first=first)
+            except (InvalidArgument, Corrupt) as reason:
+                if first:
+                    raise
+                sys.stderr.write(f"privfm: {reason}\n")
+
+    def _meet(self, node: int, message: Message, *, first: bool) -> None:
+        content = content_of(message)
+        if content is None:
+            raise InvalidArgument(f"node {node} failed before it took part ({_failure(message)}); see its log")
+        greeting = Greeting.from_bytes(content)
+        require(not greeting.problem, f"node {node} cannot take part: {greeting.problem}")
+        twice = sorted(self._hosted() & set(greeting.parties)) if first else []
+        require(not twice, f"parties {twice[:5]} are hosted twice; give every SuperNode its own partition-id")
+        self.hosts[node] = greeting.parties
 
 
 @final

@@ -12,23 +12,28 @@ from privfm.checks import InvalidArgument, require
 from privfm.contracts import Identity
 from privfm.defenses.channels.identities import new_identity, public_identity
 
-PUBLIC: Final = "identities.json"
-"""Name of the public file, in a Flower app's folder."""
+PUBLIC: Final = "identities"
+"""Name of the folder of public files, in a Flower app's folder: one a host, by any name."""
 
 
 @final
 class Pinned:
-    """Public identities from a file: a party's number -> 64 bytes.
+    """Public identities from the files of a folder: a party's number -> 64 bytes.
 
     Args:
-      path: of a file that `write_public` made.
+      path: of a folder of files that `write_public` made, or of one such file.
 
     Raises:
-      InvalidArgument: it is none.
+      InvalidArgument: there is none, or two files say different things of one party.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._known = path, _read(path)
+        self._path, self._known = path, dict[int, bytes]()
+        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        require(bool(files), f"{path} holds no public identities; every host makes its own: privfm flower-identity")
+        for file in files:
+            for party, key in _read(file).items():
+                require(self._known.setdefault(party, key) == key, f"{path}: two identities of party {party}")
 
     def __call__(self, party: int) -> bytes:
         require(party in self._known, f"{self._path} pins no party {party}; add its public identity, out of band")

@@ -17,23 +17,19 @@ import ssl
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import count
-from math import isfinite
 from pathlib import Path
-from typing import Self, TypeAlias, final
+from typing import Self, final
 from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
-from privfm.checks import InvalidArgument, at_least, nearest, non_negative, positive, require
+from privfm.checks import at_least, non_negative, positive, require
+from privfm.engines.flower.app_config import Scalar, check_app, check_config, toml
 from privfm.engines.flower.certificates import Certificates, make_certificates
 from privfm.engines.flower.processes import Tree, kill_marked
-
-Scalar: TypeAlias = str | int | float | bool
-"""What Flower takes as a value of a configuration."""
 
 MARKER = "PRIVFM_SESSION"
 """The variable that every process of a session inherits; its value is the session's alone."""
@@ -65,7 +61,7 @@ class NodeSpec:
     config: Mapping[str, Scalar]
 
     def __post_init__(self) -> None:
-        _check_config("config", self.config)
+        check_config("config", self.config)
 
 
 @final
@@ -220,11 +216,11 @@ class Session:
         """
         positive("timeout", timeout)
         require(self._open, "this session is not open; use it in a `with` block")
-        _check_config("config", config)
-        _check_app(app, config)
+        check_config("config", config)
+        check_app(app, config)
         number = next(self._runs)
         values = self.folder / f"run-{number}.toml"
-        values.write_text(_toml(config), encoding="utf-8")
+        values.write_text(toml(config), encoding="utf-8")
         order = ["run", str(app.absolute()), _CONNECTION, "--stream", "--run-config", str(values)]
         if self._simulated is not None:
             order += ["--federation-config", " ".join(f"{key}={value}" for key, value in self._simulated.items())]
@@ -285,9 +281,12 @@ class Session:
         if self._tls:
             self._certificates = make_certificates(self.folder / "certificates", len(self._specs))
         link = self._reserve_port()
-        secured = {"root-certificates": str(self._certificates.authority)} if self._certificates else {"insecure": True}
-        connection = {"address": f"{_HOST}:{link}", **secured}
-        content = f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n{_toml(connection)}'
+        connection: dict[str, Scalar] = {"address": f"{_HOST}:{link}"}
+        if self._certificates is None:
+            connection["insecure"] = True
+        else:
+            connection["root-certificates"] = str(self._certificates.authority)
+        content = f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n{toml(connection)}'
         (home / "config.toml").write_text(content, encoding="utf-8")
         self._start_link(link)
         if self._certificates:
@@ -324,7 +323,7 @@ class Session:
     def _start_node(self, index: int, again: str = "") -> Tree:
         link, own = (self._ports[place].getsockname()[1] for place in (0, 1 + index))
         values = self.folder / f"supernode-{index}.toml"
-        values.write_text(_toml(self._specs[index].config), encoding="utf-8")
+        values.write_text(toml(self._specs[index].config), encoding="utf-8")
         order = ["--superlink", f"{_HOST}:{link}", "--host", _HOST, "--port", str(own), "--node-config", str(values)]
         if self._certificates is None:
             order.append("--insecure")
@@ -397,7 +396,7 @@ def _programs(simulated: bool) -> dict[str, Path]:
 
 
 def _environment(home: Path, marker: str, programs: Path, temporary: Path | None) -> dict[str, str]:
-    """This process's variables, without proxies and without what would move Flower or Ray elsewhere."""
+    """The caller's variables, without proxies and without what would move Flower or Ray elsewhere."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -424,62 +423,6 @@ def _environment(home: Path, marker: str, programs: Path, temporary: Path | None
         "PYTHONIOENCODING": "utf-8",
     }
     return kept | own | ({} if temporary is None else {"RAY_TMPDIR": str(temporary)})
-
-
-def _check_config(name: str, config: Mapping[str, Scalar]) -> None:
-    """Flower takes text, 64-bit whole numbers, finite numbers, and yes or no, under names that are not empty."""
-    for key, value in config.items():
-        require(isinstance(key, str) and key != "", f"{name}: expected names of at least one letter, got {key!r}")
-        fits = (
-            isinstance(value, str | bool)
-            or (isinstance(value, int) and -(2**63) <= value < 2**63)
-            or (isinstance(value, float) and isfinite(value))
-        )
-        require(fits, f"{name}[{key!r}]={value!r}: expected text, a 64-bit whole number, a finite number or a bool")
-
-
-def _check_app(app: Path, config: Mapping[str, Scalar]) -> None:
-    """That there is an app, and that it knows what `config` names."""
-    try:
-        content = tomllib.loads((app / "pyproject.toml").read_text(encoding="utf-8"))
-        known = list(_flat(content["tool"]["flwr"]["app"].get("config", {})))
-    except OSError as error:
-        raise InvalidArgument(f"app={str(app)!r}: expected a folder with a pyproject.toml: {error.strerror}") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InvalidArgument(f"app={str(app)!r}: its pyproject.toml describes no Flower app: {error!r}") from error
-    for key in config:
-        require(key in known, f"config has {key!r}, which [tool.flwr.app.config] of {app} has not{nearest(key, known)}")
-
-
-def _flat(table: Mapping[str, object], before: str = "") -> list[str]:
-    """Names of all values, those of inner tables joined by dots."""
-    names = []
-    for key, value in table.items():
-        names += _flat(value, f"{before}{key}.") if isinstance(value, dict) else [f"{before}{key}"]
-    return names
-
-
-def _toml(values: Mapping[str, Scalar]) -> str:
-    r"""A flat TOML table.
-
-    >>> print(_toml({"rounds": 3, "out": 'a "b"\\c', "tls": True, "rate": 1e-05}), end="")
-    "rounds" = 3
-    "out" = "a \"b\"\\c"
-    "tls" = true
-    "rate" = 1e-05
-    """
-    return "".join(f"{_quoted(key)} = {_value(value)}\n" for key, value in values.items())
-
-
-def _quoted(text: str) -> str:
-    # A JSON string is a TOML string, but that TOML wants DEL written as an escape, too.
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _value(value: Scalar) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return _quoted(value) if isinstance(value, str) else repr(value)
 
 
 def _health(port: int, certificates: Certificates | None) -> Callable[[], bool]:

@@ -68,7 +68,7 @@ class Request:
                 told = Broadcast(vector_from_bytes(parts["model"]), bound, int(head["cohort"]), weights)
             honest, malicious = (tuple(int(client) for client in head[who]) for who in ("honest", "malicious"))
             return cls(int(head["round"]), str(head["stage"]), honest, malicious, by_party("request", parts), told)
-        except (ValueError, KeyError, TypeError, AttributeError) as reason:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as reason:
             raise Corrupt(f"a request that is none: {reason}") from reason
 
 
@@ -99,7 +99,7 @@ class Reply:
         try:
             head, parts = unpacked(content)
             return cls(by_party("reply", parts), bool(head["failed"]))
-        except (ValueError, KeyError, TypeError) as reason:
+        except (ValueError, KeyError, TypeError, OverflowError) as reason:
             raise Corrupt(f"a reply that is none: {reason}") from reason
 
 
@@ -130,13 +130,25 @@ class Greeting:
         try:
             head, _ = unpacked(content)
             return cls(tuple(int(party) for party in head["parties"]), str(head["problem"]))
-        except (ValueError, KeyError, TypeError) as reason:
+        except (ValueError, KeyError, TypeError, OverflowError) as reason:
             raise Corrupt(f"a greeting that is none: {reason}") from reason
 
 
 def by_party(kind: str, parts: Mapping[str, bytes]) -> dict[int, bytes]:
-    """The parts named `kind/PARTY`, by party."""
-    return {int(name.partition("/")[2]): part for name, part in parts.items() if name.partition("/")[0] == kind}
+    """The parts named `kind/PARTY`, by party.
+
+    Raises:
+      ValueError: a party is no whole number, or not written as one is.
+    """
+    found: dict[int, bytes] = {}
+    for name, part in parts.items():
+        before, _, number = name.partition("/")
+        if before != kind:
+            continue
+        if str(int(number)) != number:  # "01" would be a second 1
+            raise ValueError(f"party {number!r}: expected a whole number")
+        found[int(number)] = part
+    return found
 
 
 def vector_to_bytes(vector: Tensor) -> bytes:

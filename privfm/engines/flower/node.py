@@ -16,7 +16,7 @@ from privfm.engines.flower.messages import Reply, Request
 from privfm.engines.flower.store import NodeStore
 from privfm.engines.flower.wire import packed, unpacked
 from privfm.engines.hosted import Hosted
-from privfm.federation import Federation, RunState
+from privfm.federation import Arm, Federation, RunState
 from privfm.federation.way import Way
 
 _DONE: Final = "done"  # the one entry of a memory that is no secret: stages that were answered
@@ -163,13 +163,12 @@ def _noted(memories: Mapping[int, Memory], now: int) -> bytes:
     return packed({_ROUND: now}, parts)
 
 
-def parties_of(federation: Federation) -> tuple[int, ...]:
-    """Everybody who answers in a run: clients, canaries, a key holder where the channel has one."""
-    holder = (KEY_HOLDER,) if federation.arm.wire.key_holder_stages else ()
-    return (*range(federation.parties), *holder)
+def parties_of(arm: Arm, clients: int) -> tuple[int, ...]:
+    """Everybody who answers in a run: clients, canaries among them, and a key holder where the channel has one."""
+    return (*range(clients), *((KEY_HOLDER,) if arm.wire.key_holder_stages else ()))
 
 
-def hosted_here(place: int, places: int, federation: Federation) -> tuple[int, ...]:
+def hosted_here(place: int, places: int, arm: Arm, clients: int) -> tuple[int, ...]:
     """Parties of the host at `place` of `places`.
 
     A key holder is alone on the last; the malicious, who act together, are on the first; all others are dealt out in
@@ -179,10 +178,10 @@ def hosted_here(place: int, places: int, federation: Federation) -> tuple[int, .
       InvalidArgument: there is no such place, or none is left for clients.
     """
     require(0 <= place < places, f"partition-id={place}: expected 0 to {places - 1}")
-    holder = KEY_HOLDER in parties_of(federation)
+    holder = bool(arm.wire.key_holder_stages)
     require(places > holder, f"num-partitions={places}: the last is the key holder's alone; expected one more")
     if holder and place == places - 1:
         return (KEY_HOLDER,)
-    together = set(federation.arm.malicious)
-    honest = [client for client in range(federation.parties) if client not in together]
+    together = set(arm.malicious)
+    honest = [client for client in range(clients) if client not in together]
     return tuple(sorted([*honest[place :: places - holder], *(together if place == 0 else ())]))

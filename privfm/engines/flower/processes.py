@@ -137,7 +137,7 @@ def _guard(owner: int, command: Sequence[str]) -> int:
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
-        preexec_fn=lambda: system.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0),  # the guard has one thread
+        preexec_fn=lambda: system.prctl(_SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0),  # noqa: PLW1509 (the guard has one thread)
     )
     child_end = os.pidfd_open(child.pid)
     select.select([sys.stdin.fileno(), owner_end, child_end], [], [])

@@ -36,7 +36,10 @@ def unpacked(content: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     if content[: len(_MAGIC)] != _MAGIC or len(content) < start:
         raise ValueError("not a message of this version of privfm")
     end = start + _LENGTH.unpack_from(content, len(_MAGIC))[0]
-    header = json.loads(content[start:end].decode())
+    try:
+        header = json.loads(content[start:end].decode())
+    except RecursionError:
+        raise ValueError("a message whose header is nested too deeply") from None
     if not (isinstance(header, dict) and isinstance(header.get("head"), dict) and _well_formed(header.get("parts"))):
         raise ValueError("a message without head and parts")
     view, parts, at = memoryview(content), dict[str, bytes](), end

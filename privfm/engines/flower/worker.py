@@ -111,6 +111,9 @@ def call(
 def call_here(entry: str, payload: bytes) -> bytes:
     """`call` without a worker: in this process, which keeps what the function remembers only while it lives itself.
 
+    >>> call_here("base64:b64encode", b"abc")
+    b'YWJj'
+
     Raises:
       InvalidArgument: `entry` is no `module:function`.
       WorkerFailed: the function raised, is not there, or gave no bytes.
@@ -393,7 +396,7 @@ def _status(pid: int) -> tuple[str, int, int]:
     """State, parent and start of a process, fields 3, 4 and 22 of `/proc/PID/stat`; state is empty if it is gone."""
     try:
         text = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return "", 0, 0
     fields = text.rpartition(b")")[2].split()  # the name in brackets before them may hold anything
     return fields[0].decode(), int(fields[1]), int(fields[19])

@@ -7,6 +7,7 @@ import select
 import signal
 import socket
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock, Thread
 from typing import NoReturn, final
@@ -101,13 +102,13 @@ class _Worker:
         os.register_at_fork(before=_hold_sigterm, after_in_parent=_release_sigterm, after_in_child=self._forget)
 
         def look() -> None:
-            while born(owner) == birth:
+            while _lives(owner, birth):
                 if select.select([signals], [], [], POLL)[0] and signal.SIGTERM in signals.recv(4096):
                     break
             self.leave()
 
-        Thread(target=look, name="owner", daemon=True).start()
         self.written = written
+        Thread(target=look, name="owner", daemon=True).start()
 
     def leave(self) -> NoReturn:
         """Removes log and socket, ends what the functions left running, and ends at once: no `atexit`.
@@ -117,10 +118,9 @@ class _Worker:
         self.leaving.acquire()  # never released: only one thread gets here
         try:
             if self._socket_inode() == self.inode:
-                os.unlink(f"{self.name}.log", dir_fd=self.folder)
-                os.unlink(f"{self.name}.socket", dir_fd=self.folder)
-        except OSError:
-            pass  # somebody else removed them, and nobody waits for this process to say so
+                for ending in ("log", "socket"):
+                    with suppress(FileNotFoundError):  # somebody else removed it
+                        os.unlink(f"{self.name}.{ending}", dir_fd=self.folder)
         finally:
             os.killpg(os.getpgrp(), signal.SIGTERM)
             os._exit(0)
@@ -138,6 +138,13 @@ class _Worker:
         if self.connection:
             self.connection.close()
         _release_sigterm()
+
+
+def _lives(pid: int, birth: int) -> bool:
+    try:
+        return born(pid) == birth
+    except OSError:  # nothing known, as when a function has opened too many files: look again
+        return True
 
 
 def _hold_sigterm() -> None:
