@@ -60,5 +60,5 @@ $(STAMP): Makefile constraints.txt pyproject.toml setup.cfg
 	$(PYTHON) -m venv .venv
 	$(RUN) pip install --quiet --upgrade "pip>=26"
 	$(RUN) pip install --quiet --constraint constraints.txt $(TORCH_INDEX:%=--index-url %) torch
-	$(RUN) pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable ".[demo,dev,flower,tracking]"
+	$(RUN) pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable ".[demo,dev,flower,nvflare,tracking]"
 	@touch $@

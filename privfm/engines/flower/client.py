@@ -6,6 +6,7 @@ and what a host must remember for a round is in the SuperNode's memory (`context
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -59,7 +60,12 @@ def _ask(folder: Path, what: str, content: bytes, context: Context) -> bytes:
     node = dict(context.node_config)
     order = {"what": what, "folder": str(folder), "node": node, "run": dict(context.run_config)}
     payload = packed(order, {"content": content, "memory": memory})
-    head, parts = unpacked(_caller(context, node)(payload))
+    try:
+        head, parts = unpacked(_caller(context, node)(payload))
+    except Exception as reason:
+        sys.stderr.write(f"privfm: {type(reason).__name__}: {reason}\n")
+        # Flower sends the text of an exception to the server: it must hold nothing of this host.
+        raise RuntimeError(f"{type(reason).__name__}; the host's log says why") from None
     if "error" in head:
         raise RuntimeError(str(head["error"]))
     context.state.config_records[_MEMORY] = ConfigRecord({"bytes": parts["memory"]})
