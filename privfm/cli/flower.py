@@ -15,10 +15,10 @@ from privfm.contracts import KEY_HOLDER, SERVER
 from privfm.engines.flower.app import MODULE, Place, write_app
 from privfm.engines.flower.identities import PUBLIC, make_secrets, write_public
 from privfm.engines.flower.node import hosted_here
-from privfm.experiment import ArmSpec, RunConfig, arm_of, deal
-from privfm.experiment.flower import record_of
+from privfm.experiment import ArmSpec, arm_of, deal
+from privfm.experiment.flower import APP, hosts_of, record_of
 from privfm.experiment.run import prepare
-from privfm.federation import Arm, problems_elsewhere, refuse, refuse_problems
+from privfm.federation import problems_elsewhere, refuse, refuse_problems
 
 
 def flower_app(argv: Sequence[str]) -> int:
@@ -39,9 +39,9 @@ def flower_app(argv: Sequence[str]) -> int:
     refuse(problems_elsewhere(federation.arm, bool(config.clients_elsewhere)))
     spec = ArmSpec(asked.name, asked.name, "", config)
     place = Place(str(Path("runs", asked.name, f"seed-{seed}")), seed, "server.json")
-    write_app(folder, "privfm-run", record_of(spec, seed), {}, place)
+    write_app(folder, APP, record_of(spec, seed), {}, place)
     say(f"app: {folder}")
-    places = _hosts(config, federation.arm)
+    places = hosts_of(config, federation.arm)
     for number in range(places):
         parties = hosted_here(number, places, federation.arm, federation.parties)
         say(f"host {number} of {places}: {_whom(parties)}")
@@ -55,10 +55,6 @@ _NEXT = (
     "then all public files into {public}, and the folder to every host again",
     "see docs/flower_deployment.md: SuperLink, SuperNodes, `flwr run {folder}`",
 )
-
-
-def _hosts(config: RunConfig, arm: Arm) -> int:
-    return config.flower.hosts + bool(arm.wire.key_holder_stages)
 
 
 def _whom(parties: Sequence[int]) -> str:
@@ -108,4 +104,4 @@ def _hosted(spec: ArmSpec, package: Path, host: str) -> tuple[int, ...]:
     clients = config.clients_elsewhere or len(deal(config, seed).clients)
     arm = arm_of(config, clients, seed)
     audited = 0 if config.audit is None else config.audit.canaries.count
-    return hosted_here(int(host), _hosts(config, arm), arm, clients + audited)
+    return hosted_here(int(host), hosts_of(config, arm), arm, clients + audited)

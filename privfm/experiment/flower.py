@@ -14,19 +14,20 @@ from privfm.engines.flower.app import Place, write_app
 from privfm.engines.flower.identities import make_secrets
 from privfm.engines.flower.node import hosted_here
 from privfm.engines.flower.settings import FlowerSettings
-from privfm.experiment.config import ArmSpec, resolved
+from privfm.experiment.config import ArmSpec, RunConfig, resolved
 from privfm.experiment.run import deal, prepare
-from privfm.federation import Federation
+from privfm.federation import Arm, Federation
 from privfm.reporting import RunFolder
 
 if TYPE_CHECKING:
-    from privfm.engines.flower.launch import NodeSpec, Session
+    from privfm.engines.flower.launch import Session
 
 Job = tuple[Path, ArmSpec, int]
 """Folder of a run, what is played, and its seed."""
 
 _LONGEST: Final = 30 * 24 * 3600.0  # seconds: a month; who wants to end a run earlier has Ctrl-C, and it goes on later
-_APP: Final = "privfm-run"
+APP: Final = "privfm-run"
+"""Name of the app that Flower is given."""
 
 
 def play_on_flower(jobs: Sequence[Job], shared: Path, update: Callable[[], None]) -> None:
@@ -48,19 +49,55 @@ def play_on_flower(jobs: Sequence[Job], shared: Path, update: Callable[[], None]
 
 
 def _play_session(jobs: Sequence[Job], settings: FlowerSettings, shared: Path, update: Callable[[], None]) -> None:
-    federations = [prepare(spec.config, seed, shared) for _, spec, seed in jobs]
-    nodes = settings.hosts + any(bool(federation.arm.wire.key_holder_stages) for federation in federations)
+    hosts = max(hosts_of(spec.config, prepare(spec.config, seed, shared).arm) for _, spec, seed in jobs)
     with TemporaryDirectory(prefix="privfm-flower-") as name:
         folder = Path(name)
-        with _session(folder / "session", settings, nodes) as session:
-            for number, ((path, spec, seed), federation) in enumerate(zip(jobs, federations, strict=True)):
-                secrets, common = str(folder / f"secrets-{number}"), str(shared.absolute())
-                place = Place(str(path.absolute()), seed, "", secrets, common)
-                public = _make_all_secrets(place, federation, nodes)
-                app = write_app(folder / f"app-{number}", _APP, record_of(spec, seed, Path.cwd()), public, place)
-                session.run(app, {"seed": seed}, _LONGEST)
-                require(RunFolder(path).finished, f"{path}: Flower says that the run has ended, and it has not")
+        with open_session(folder / "session", settings, hosts) as session:
+            for number, job in enumerate(jobs):
+                play_in(session, folder / f"job-{number}", job, hosts, shared)
                 update()
+
+
+def hosts_of(config: RunConfig, arm: Arm) -> int:
+    """How many there are: those that clients are dealt out to, and the key holder's where there is one."""
+    return config.flower.hosts + bool(arm.wire.key_holder_stages)
+
+
+def open_session(folder: Path, settings: FlowerSettings, hosts: int) -> Session:
+    """Flower on this machine, for runs on so many hosts; to be entered.
+
+    Raises:
+      InvalidArgument: Flower is not installed.
+    """
+    from privfm.engines.flower.launch import NodeSpec, Session
+
+    if settings.mode == "simulation":
+        return Session.simulation(folder, hosts, settings.threads)
+    worker = sys.platform == "linux"
+    nodes = [{"partition-id": place, "num-partitions": hosts, "persistent-worker": worker} for place in range(hosts)]
+    return Session.deployment(folder, [NodeSpec(node) for node in nodes])
+
+
+def play_in(session: Session, folder: Path, job: Job, hosts: int, shared: Path) -> None:
+    """Plays one run in an open session, with fresh identities for everybody.
+
+    Args:
+      session: open.
+      folder: a new one, for the app and the secrets.
+      job: what is played.
+      hosts: of the session.
+      shared: folder of what all runs share.
+
+    Raises:
+      FlowerFailed: the run did not end well.
+    """
+    path, spec, seed = job
+    federation = prepare(spec.config, seed, shared)
+    place = Place(str(path.absolute()), seed, "", str(folder / "secrets"), str(shared.absolute()))
+    public = _make_all_secrets(place, federation, hosts)
+    app = write_app(folder / "app", APP, record_of(spec, seed, Path.cwd()), public, place)
+    session.run(app, {"seed": seed}, _LONGEST)
+    require(RunFolder(path).finished, f"{path}: Flower says that the run has ended, and it has not")
 
 
 def record_of(spec: ArmSpec, seed: int, folder: Path | None = None) -> dict[str, Any]:
@@ -78,22 +115,10 @@ def record_of(spec: ArmSpec, seed: int, folder: Path | None = None) -> dict[str,
     return {**record, "config": resolved(spec.config), "folder": where, "label_names": list(names)}
 
 
-def _session(folder: Path, settings: FlowerSettings, nodes: int) -> Session:
-    from privfm.engines.flower.launch import NodeSpec, Session
-
-    if settings.mode == "simulation":
-        return Session.simulation(folder, nodes, settings.threads)
-    return Session.deployment(folder, [_node(place, nodes, NodeSpec) for place in range(nodes)])
-
-
-def _node(place: int, nodes: int, kind: type[NodeSpec]) -> NodeSpec:
-    return kind({"partition-id": place, "num-partitions": nodes, "persistent-worker": sys.platform == "linux"})
-
-
-def _make_all_secrets(place: Place, federation: Federation, nodes: int) -> dict[int, bytes]:
+def _make_all_secrets(place: Place, federation: Federation, hosts: int) -> dict[int, bytes]:
     """Fresh identities of everybody, a file a host; returns the public halves."""
-    Path(place.loopback).mkdir(mode=0o700)
+    Path(place.loopback).mkdir(mode=0o700, parents=True)
     public = make_secrets(place.secrets_of("server"), [SERVER])
-    for number in range(nodes):
-        public |= make_secrets(place.secrets_of(number), hosted_here(number, nodes, federation.arm, federation.parties))
+    for number in range(hosts):
+        public |= make_secrets(place.secrets_of(number), hosted_here(number, hosts, federation.arm, federation.parties))
     return public

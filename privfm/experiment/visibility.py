@@ -20,7 +20,8 @@ SUMMARY: dict[str, Visibility] = {
         (
             "arm", "title", "kind", "utility_metric", "utility_n", "utility_unit", "higher_is_better",
             "trivial_utility", "rule_name", "channel_name", "channel_settings", "learns", "unprotected",
-            "attack_name", "attack_knowledge", "trained_values", "clients", "cohort_expected", "client_examples", "engine",
+            "attack_name", "attack_knowledge", "trained_values", "clients", "cohort_expected", "client_examples",
+            "engine",
         ),
         "public",
     ),

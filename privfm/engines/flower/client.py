@@ -78,5 +78,7 @@ def _caller(context: Context, node: dict[str, Any]) -> Callable[[bytes], bytes]:
 
     if not node.get("persistent-worker", False):
         return lambda payload: worker.call_here(ENTRY, payload)
-    key, owner = f"{context.run_id}/{context.node_id}", worker.supernode_pid()
+    # One a run, as somebody's own classes may change from one run to the next; where one process plays them all, one.
+    loopback = str(context.run_config.get("loopback", ""))
+    key, owner = str(Path(loopback).parents[1]) if loopback else str(context.run_id), worker.supernode_pid()
     return lambda payload: worker.call(ENTRY, key, payload, owner=owner)
