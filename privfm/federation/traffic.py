@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import final
 
 from privfm.contracts import KEY_HOLDER, Exchange
@@ -19,27 +19,41 @@ class Traffic(Exchange):
 
     def __init__(self, below: Exchange) -> None:
         self._below, self.server, self.up = below, below.server, 0
-        self._replies: dict[str, list[int]] = defaultdict(list)
-        self._requests: dict[str, list[int]] = defaultdict(list)
+        self._replies, self._requests = _Sizes(), _Sizes()
 
     def __call__(self, stage: str, requests: Mapping[int, bytes]) -> Iterator[tuple[int, bytes]]:
-        self._requests[stage] += [len(request) for party, request in requests.items() if party != KEY_HOLDER]
+        self._requests.add(stage, (len(request) for party, request in requests.items() if party != KEY_HOLDER))
         for party, reply in self._below(stage, requests):
             self.up += len(reply)
             if party != KEY_HOLDER:
-                self._replies[stage].append(len(reply))
+                self._replies.add(stage, [len(reply)])
             yield party, reply
 
     @property
     def up_per_client(self) -> float:
         """Mean reply of a client, summed over the stages."""
-        return _mean_by_stage(self._replies)
+        return self._replies.mean
 
     @property
     def down_per_client(self) -> float:
         """Mean request to a client, summed over the stages."""
-        return _mean_by_stage(self._requests)
+        return self._requests.mean
 
 
-def _mean_by_stage(sizes: Mapping[str, list[int]]) -> float:
-    return sum(sum(stage) / len(stage) for stage in sizes.values() if stage)
+class _Sizes:
+    """How many messages each stage had and how long they were together: the same memory for any number of them."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = defaultdict(int)
+        self._totals: dict[str, int] = defaultdict(int)
+
+    def add(self, stage: str, lengths: Iterable[int]) -> None:
+        """Takes messages of a stage in."""
+        for length in lengths:
+            self._counts[stage] += 1
+            self._totals[stage] += length
+
+    @property
+    def mean(self) -> float:
+        """Bytes of a message, summed over the stages that had any."""
+        return sum(self._totals[stage] / count for stage, count in self._counts.items())
