@@ -8,8 +8,11 @@ import grimp
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ["transformers", "peft", "opacus", "tenseal", "flwr", "sklearn", "scipy", "datasets", "matplotlib"]
-PLUGS = ["privfm.defenses", "privfm.attacks"]
+HEAVY = [
+    "transformers", "peft", "opacus", "tenseal", "flwr", "nvflare", "tensorboard", "sklearn", "scipy", "datasets",
+    "matplotlib",
+]  # fmt: skip
+PLUGS = ["privfm.defenses", "privfm.attacks", "privfm.plugins"]
 
 OUT_OF_REACH = """
 import sys

@@ -17,7 +17,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     for name, (_, purpose) in COMMANDS.items():
-        assert f"  {name:<9}{purpose}\n" in out
+        assert f"  {name:<17}{purpose}\n" in out
 
 
 @pytest.mark.parametrize("command", COMMANDS)

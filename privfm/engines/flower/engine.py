@@ -38,13 +38,17 @@ class Flower(Engine):
       grid: Flower's, of this run.
       server: the server's own identity and whom it believes, by round.
       settings: how long to wait for what.
+      strict: whether a host that says that a client has failed ends the run; elsewhere it has dropped out, as no host is
+        to end a run for all others.
 
     Attributes:
       hosts: which node hosts which parties; grows when nodes join.
     """
 
-    def __init__(self, grid: Grid, server: Callable[[int], Party], settings: FlowerSettings) -> None:
-        self._grid, self.server, self.settings = grid, server, settings
+    def __init__(
+        self, grid: Grid, server: Callable[[int], Party], settings: FlowerSettings, strict: bool = True
+    ) -> None:
+        self._grid, self.server, self.settings, self.strict = grid, server, settings, strict
         self.hosts: dict[int, tuple[int, ...]] = {}
 
     def meet(self, parties: Sequence[int]) -> None:
@@ -87,7 +91,8 @@ class Flower(Engine):
         Raises:
           InvalidArgument: Flower takes none of the messages, which are too large for it.
         """
-        messages = [message_to(node, content, kind, now) for node, content in contents.items()]
+        seconds = max(end - time.monotonic(), 0.0)
+        messages = [message_to(node, content, kind, now, seconds) for node, content in contents.items()]
         names = list(self._grid.push_messages(messages))
         require(
             len(names) == len(messages),
@@ -191,7 +196,7 @@ class _FlowerExchange(Exchange):
                 reply = Reply() if content is None else Reply.from_bytes(content)
             except Corrupt:
                 reply = Reply()  # a host that speaks nonsense has dropped out, with all its clients
-            if reply.failed:
+            if reply.failed and self._engine.strict:
                 raise ClientFailed(f"a client on node {node} failed, in a run that is to end then; its log says why")
             yield node, reply.replies
 

@@ -15,6 +15,9 @@ from privfm.defenses.channels.identities import new_identity, public_identity
 PUBLIC: Final = "identities"
 """Name of the folder of public files, in a Flower app's folder: one a host, by any name."""
 
+_SECRET_BYTES: Final = 32
+_PUBLIC_BYTES: Final = 64
+
 
 @final
 class Pinned:
@@ -32,7 +35,7 @@ class Pinned:
         files = sorted(path.glob("*.json")) if path.is_dir() else [path]
         require(bool(files), f"{path} holds no public identities; every host makes its own: privfm flower-identity")
         for file in files:
-            for party, key in _read(file).items():
+            for party, key in _read(file, _PUBLIC_BYTES).items():
                 require(self._known.setdefault(party, key) == key, f"{path}: two identities of party {party}")
 
     def __call__(self, party: int) -> bytes:
@@ -73,12 +76,17 @@ def read_secrets(path: Path) -> dict[int, Identity]:
     require(path.is_file(), f"secrets={path} is not a file; it is made where the app is, and handed to each host")
     mode = path.stat().st_mode & 0o077
     require(mode == 0, f"secrets={path} can be read by others (mode {path.stat().st_mode & 0o777:o}); chmod 600")
-    return {party: Identity(secret) for party, secret in _read(path).items()}
+    return {party: Identity(secret) for party, secret in _read(path, _SECRET_BYTES).items()}
 
 
-def _read(path: Path) -> dict[int, bytes]:
+def _read(path: Path, length: int) -> dict[int, bytes]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {int(party): bytes.fromhex(key) for party, key in content.items()}
+        found = {int(party): bytes.fromhex(key) for party, key in content.items()}
     except (OSError, ValueError, AttributeError, TypeError) as reason:
         raise InvalidArgument(f"{path} does not hold identities: {reason}") from reason
+    wrong = sorted(party for party, key in found.items() if len(key) != length)
+    require(
+        not wrong, f"{path} does not hold identities of {length} bytes: party {wrong[:1]} has another; is it the file?"
+    )
+    return found

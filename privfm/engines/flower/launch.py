@@ -2,6 +2,7 @@
 
 Everything listens on 127.0.0.1, keeps its files in one folder, and ends with the session or with the process that
 opened it (see `processes`). Nothing is fetched: no telemetry, no update check, no `uv sync` of an app's dependencies.
+Flower asks nobody on 127.0.0.1 who they are: on a machine shared with others, they could run an app as this user.
 Real hosts are started by their owners: see `docs/flower_deployment.md`.
 """
 
@@ -14,13 +15,11 @@ import secrets
 import shutil
 import socket
 import ssl
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Self, final
@@ -30,19 +29,14 @@ from privfm.checks import at_least, non_negative, positive, require
 from privfm.engines.flower.app_config import Scalar, check_app, check_config, toml
 from privfm.engines.flower.certificates import Certificates, make_certificates
 from privfm.engines.flower.processes import Tree, kill_marked
+from privfm.engines.flower.surroundings import HOST, MARKER, POLL_SECONDS, environment, programs
+from privfm.files import writable
 
-MARKER = "PRIVFM_SESSION"
-"""The variable that every process of a session inherits; its value is the session's alone."""
-
-_HOST = "127.0.0.1"
 _CONNECTION = "session"  # the name of the SuperLink in Flower's own configuration file
-_POLL_SECONDS = 0.05  # also how often Flower's SuperExec looks for a task: its default is a second
-_START_SECONDS = 180.0  # for what takes 2 to 6 s on an idle machine
+_START_SECONDS = 180.0  # for what takes 2 to 11 s
 _FORGOTTEN_SECONDS = 90.0  # for a killed SuperNode to be given up, which takes at most 60 s
 _TAIL_LINES = 25
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
-_PASSED_ON = ("FLWR_LOG_LEVEL",)  # of the caller's FLWR_ variables: others may open ports or point elsewhere
 
 
 class FlowerFailed(RuntimeError):
@@ -98,7 +92,7 @@ class Session:
       folder: its private folder: `superlink.log`, `supernode-0.log`, `run-1.log`, Flower's own files in `home`.
       marker: value of the variable `PRIVFM_SESSION` in all its processes.
 
-    Cost: 2 to 6 s to start, then about 3 s a run beside the app's own time, on two cores.
+    Cost, on two busy cores: 6 to 11 s to start, 19 s with `tls`; 10 to 20 s a run beside what its messages take.
     """
 
     def __init__(
@@ -107,7 +101,7 @@ class Session:
         self.folder = folder.absolute()
         self.marker = secrets.token_hex(16)
         self._specs, self._simulated, self._tls = tuple(nodes), simulated, tls
-        self._programs = _programs(simulated is not None)
+        self._programs = programs(simulated is not None)
         self._link: Tree | None = None
         self._nodes: list[Tree] = []
         self._ports: list[socket.socket] = []
@@ -163,10 +157,10 @@ class Session:
         """A SuperLink and SuperNodes in processes of their own, as on real hosts.
 
         Args:
-          folder: its private folder; made when it starts.
+          folder: its private folder; made when it starts. Logs and settings that are there already are replaced.
           nodes: the SuperNodes.
           tls: encrypt, and let only SuperNodes with a registered key take part: a restarted one keeps its node id.
-            Keys and certificates are made in `folder`. About 3 s more to start.
+            Keys and certificates are made in `folder`. About 8 s more to start.
 
         Raises:
           InvalidArgument: no nodes, or Flower is not installed.
@@ -273,15 +267,17 @@ class Session:
 
     def _start(self) -> None:
         home = self.folder / "home"
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with writable(self.folder):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            home.mkdir(mode=0o700, exist_ok=True)
         if self._simulated is not None:
             # Ray puts sockets there, and their paths must be short.
             self._temporary = Path(tempfile.mkdtemp(prefix="privfm-"))
-        self._environment = _environment(home, self.marker, self._programs["flwr"].parent, self._temporary)
+        self._environment = environment(home, self.marker, self._programs["flwr"].parent, self._temporary)
         if self._tls:
             self._certificates = make_certificates(self.folder / "certificates", len(self._specs))
         link = self._reserve_port()
-        connection: dict[str, Scalar] = {"address": f"{_HOST}:{link}"}
+        connection: dict[str, Scalar] = {"address": f"{HOST}:{link}"}
         if self._certificates is None:
             connection["insecure"] = True
         else:
@@ -303,12 +299,12 @@ class Session:
         """A free port that stays ours: bound here without listening, so that only an explicit request may share it."""
         reserved = socket.socket()
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        reserved.bind((_HOST, 0))
+        reserved.bind((HOST, 0))
         self._ports.append(reserved)
         return int(reserved.getsockname()[1])
 
     def _start_link(self, port: int) -> None:
-        order = ["--host", _HOST, "--port", str(port), "--disable-runtime-dependency-installation"]
+        order = ["--host", HOST, "--port", str(port), "--disable-runtime-dependency-installation"]
         if self._simulated is not None:
             order.append("--simulation")
         if self._certificates is None:
@@ -324,7 +320,7 @@ class Session:
         link, own = (self._ports[place].getsockname()[1] for place in (0, 1 + index))
         values = self.folder / f"supernode-{index}.toml"
         values.write_text(toml(self._specs[index].config), encoding="utf-8")
-        order = ["--superlink", f"{_HOST}:{link}", "--host", _HOST, "--port", str(own), "--node-config", str(values)]
+        order = ["--superlink", f"{HOST}:{link}", "--host", HOST, "--port", str(own), "--node-config", str(values)]
         if self._certificates is None:
             order.append("--insecure")
         else:
@@ -338,7 +334,9 @@ class Session:
         number = re.compile(r"SuperNode ID: (\d+)")
         _wait(tree, lambda: number.search(_read(tree.log)) is not None, f"SuperNode {index}", _START_SECONDS)
         found = number.search(_read(tree.log))
-        return int(found[1]) if found else 0
+        if found is None:
+            raise FlowerFailed(f"{tree.log} was cut while SuperNode {index} ran; its node id is lost")
+        return int(found[1])
 
     def _tree(self, program: str, order: Sequence[str], log: str) -> Tree:
         path = self.folder / f"{log}.log"
@@ -357,7 +355,7 @@ class Session:
                     text = _tail(_read(tree.log))
                     self.close()
                     raise FlowerFailed(f"`{command}` did not end within timeout={timeout} s; closed:\n{text}")
-                time.sleep(_POLL_SECONDS)
+                time.sleep(POLL_SECONDS)
         finally:
             tree.kill()
         text = _read(tree.log)
@@ -380,56 +378,11 @@ class Session:
         return summary
 
 
-def _programs(simulated: bool) -> dict[str, Path]:
-    """Flower's programs beside this interpreter.
-
-    Raises:
-      InvalidArgument: they are not there.
-    """
-    names = ("flower-superlink", "flower-supernode", "flwr")
-    found = {name: Path(sys.executable).parent / name for name in names}
-    modules = ("flwr", "ray") if simulated else ("flwr",)
-    missing = [name for name in modules if find_spec(name) is None]
-    missing += [str(path) for path in found.values() if not path.is_file()]
-    require(not missing, f"engine='flower' needs {', '.join(missing)}; run: pip install 'privfm[flower]'")
-    return found
-
-
-def _environment(home: Path, marker: str, programs: Path, temporary: Path | None) -> dict[str, str]:
-    """The caller's variables, without proxies and without what would move Flower or Ray elsewhere."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name.lower() not in _PROXIES
-        and (not name.startswith("FLWR_") or name in _PASSED_ON)
-        and name not in ("RAY_ADDRESS", "RAY_TMPDIR")
-    }
-    own = {
-        MARKER: marker,
-        # SuperExec starts `flwr-clientapp` and its like by name.
-        "PATH": os.pathsep.join([str(programs), *filter(None, [os.environ.get("PATH")])]),
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(_POLL_SECONDS),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray takes 127.0.0.1 for the node's address where no cluster is possible, and only then listens there alone.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "OMP_NUM_THREADS": "1",
-        "NO_PROXY": f"{_HOST},localhost",
-        "no_proxy": f"{_HOST},localhost",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONIOENCODING": "utf-8",
-    }
-    return kept | own | ({} if temporary is None else {"RAY_TMPDIR": str(temporary)})
-
-
 def _health(port: int, certificates: Certificates | None) -> Callable[[], bool]:
     """A question to the SuperLink: are you there?"""
     context = ssl.create_default_context(cafile=certificates.authority) if certificates else None
     opener = build_opener(ProxyHandler({}), HTTPSHandler(context=context))
-    address = f"{'https' if certificates else 'http'}://{_HOST}:{port}/health"
+    address = f"{'https' if certificates else 'http'}://{HOST}:{port}/health"
 
     def answers() -> bool:
         with suppress(OSError), opener.open(address, timeout=5) as reply:
@@ -451,7 +404,7 @@ def _wait(tree: Tree, ready: Callable[[], bool], what: str, seconds: float) -> N
         if status is not None or time.monotonic() > end:
             reason = f"takes longer than {seconds:g} s to start" if status is None else f"ended with status {status}"
             raise FlowerFailed(f"{what} {reason}; {tree.log}:\n{_tail(_read(tree.log))}")
-        time.sleep(_POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def _read(log: Path) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Final, final
 
 import torch
 
 from privfm.checks import ClientFailed, Corrupt, require
-from privfm.contracts import KEY_HOLDER, Cast, Encoded, Identity, Memory, Party
-from privfm.defenses.privacy.releases import BOUND
+from privfm.contracts import KEY_HOLDER, Broadcast, Cast, Encoded, Identity, Memory, Party
+from privfm.defenses.privacy.releases import BOUND, QuantileRelease
 from privfm.engines.flower.messages import Reply, Request
 from privfm.engines.flower.store import NodeStore
 from privfm.engines.flower.wire import packed, unpacked
@@ -67,14 +68,18 @@ class Node:
           memory: as returned before; empty at first.
 
         Raises:
-          Corrupt: parties are asked that are not here, or who takes part is contradictory.
+          Corrupt: parties are asked that are not here, who takes part is contradictory, clients are told what the
+            configuration leaves nobody to say, or are to train a second time. Nothing was done then.
         """
         self._require_own(request)
+        memories = _recalled(memory, request.round)
+        if request.broadcast is not None:
+            self._require_told(request, request.broadcast)
+            self._require_first(memories)
         cast = Cast(request.round, request.honest, request.malicious, {}, request.broadcast)
         way, before = self._way(cast) if request.broadcast is not None else (None, None)
         sealed = _untold if way is None else way.sealed
         hosted = Hosted(self._channel, sealed, cast, self._party(cast.round), self._clients_per_batch)
-        memories = _recalled(memory, request.round)
         hosted.memories.update(memories)
         replies: dict[int, bytes] = {}
         try:
@@ -88,7 +93,8 @@ class Node:
                     replies[party] = reply
         except ClientFailed as reason:  # in a run that is to end then
             _note(str(reason))
-            return Reply({}, failed=True), b""
+            ended = {party: {_DONE: " ".join(self._stages(party)).encode()} for party in self._keys.own}
+            return Reply({}, failed=True), _noted(ended, request.round)
         if way is not None and before is not None:
             for client, why in way.failures.items():
                 _note(f"client {client}: {why}")
@@ -129,10 +135,30 @@ class Node:
             raise Corrupt(f"parties {sorted(foreign)} are asked, who are not on this host")
         taking_part = [*request.honest, *request.malicious]
         clients = {party for party in request.requests if party >= 0}
-        if len(set(taking_part)) != len(taking_part) or not clients <= set(taking_part):
-            raise Corrupt("who takes part is said twice, or clients are asked who take none")
+        if request.round < 0 or len(set(taking_part)) != len(taking_part) or clients != set(taking_part):
+            raise Corrupt(f"round {request.round}: who takes part is said twice, or others than who is asked")
         if not set(request.malicious) <= set(self._federation.arm.malicious):
             raise Corrupt("clients are told to poison that the configuration does not call malicious")
+
+    def _require_told(self, request: Request, told: Broadcast) -> None:
+        """What the server may say of a round, and no more: a clip of its own, say, would undo a client's own noise."""
+        arm = self._federation.arm
+        rule, space = self._federation.playing(request.round)
+        adapts, bound = isinstance(rule, QuantileRelease), told.bound
+        if adapts != (bound is not None) or (bound is not None and not 0 < bound < inf):
+            raise Corrupt(f"bound={bound}: expected {'a positive number' if adapts else 'none: the clip is fixed'}")
+        weighted = {*request.honest, *request.malicious} if arm.folds else set()
+        if told.weights.keys() != weighted or not all(0 < weight <= 1 for weight in told.weights.values()):
+            raise Corrupt("weights: expected one in (0, 1] for each client where clients multiply by them, else none")
+        if told.model.shape != (space.width,):
+            raise Corrupt(f"a model of shape {tuple(told.model.shape)}: expected ({space.width},)")
+
+    def _require_first(self, memories: Mapping[int, Memory]) -> None:
+        """Clients here train once a round: what they remember would start from a round that is half over."""
+        row = self._channel.row_stage
+        again = [party for party, own in memories.items() if party >= 0 and row in own.get(_DONE, b"").decode().split()]
+        if again:
+            raise Corrupt(f"clients {again[:5]} have trained in this round, and are to do so again")
 
 
 def _untold(asked: Sequence[int]) -> Mapping[int, Encoded]:

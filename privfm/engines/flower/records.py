@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app import DEFAULT_TTL, Array, ArrayRecord, Message, RecordDict
 
 RECORD: Final = "privfm"
 """Name of the one record of every message, and of its one array."""
@@ -16,9 +16,13 @@ def record_of(content: bytes) -> RecordDict:
     return RecordDict({RECORD: ArrayRecord({RECORD: array})})
 
 
-def message_to(node: int, content: bytes, kind: str, now: int) -> Message:
-    """A message to a node; its `group_id` is the round, as in Flower's own strategies."""
-    return Message(content=record_of(content), dst_node_id=node, message_type=kind, group_id=str(now))
+def message_to(node: int, content: bytes, kind: str, now: int, seconds: float) -> Message:
+    """A message to a node, whose reply is waited for so long; its `group_id` is the round, as in Flower's strategies.
+
+    Flower forgets messages after 12 hours, by the clocks of two machines: it is told more, never less.
+    """
+    record, ttl = record_of(content), max(DEFAULT_TTL, 2 * seconds)
+    return Message(content=record, dst_node_id=node, message_type=kind, ttl=ttl, group_id=str(now))
 
 
 def content_of(message: Message) -> bytes | None:

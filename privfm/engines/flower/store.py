@@ -63,15 +63,15 @@ class NodeStore:
         self._prune(now)
 
     def _prune(self, now: int) -> None:
-        """Deletes files whose every client has a later row that no round still to be asked for lies before."""
-        later: set[int] = set()
+        """Deletes files of which a later one holds everything, and lies before all rounds that are still asked for."""
+        later: set[str] = set()
         for when, path in reversed(self._written()):
             if when > now - self._keep:
                 continue
-            clients = set(_ids(path))
-            if later and clients <= later:
+            held = _held(path)
+            if held <= later:
                 path.unlink()
-            later |= clients
+            later |= held
 
     def _drop(self, from_round: int) -> None:
         for when, path in self._written():
@@ -86,11 +86,13 @@ class NodeStore:
         return self._folder / f"round-{now:06d}.safetensors"
 
 
-def _ids(path: Path) -> list[int]:
+def _held(path: Path) -> set[str]:
+    """Whose states are in a file: clients by number, and what the attackers share."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
-        return [int(client) for client in file.get_tensor(_IDS).tolist()]
+        shared = {_ATTACK} if any(name.startswith(_ATTACK) for name in file.keys()) else set()  # noqa: SIM118
+        return shared | {str(client) for client in file.get_tensor(_IDS).tolist()}
 
 
 def _read(path: Path, attack: State) -> tuple[list[int], Chunk, State]:
