@@ -138,13 +138,17 @@ def _same(recorded: object, computed: object) -> bool:
     return recorded == computed
 
 
-def _export(run: Path, released: bool = False, out: Path | None = None) -> int:
+def _export(
+    run: Path, released: bool = False, out: Path | None = None, tensorboard: Path | None = None, card: bool = False
+) -> int:
     """Copies of a run's record what its guarantee covers and what is public anyway.
 
     Args:
       run: the run's folder, ARM/seed-N of an experiment.
       released: leave out what is private; there is no other export.
       out: a new folder; by default `released` beside the run's.
+      tensorboard: write the rounds as TensorBoard events into this folder, too.
+      card: write a model card with the run's privacy statement beside the saved model, too.
     """
     require(
         released,
@@ -153,6 +157,14 @@ def _export(run: Path, released: bool = False, out: Path | None = None) -> int:
     )
     folder = _run_folder(run)
     say(f"exported: {export_released(folder, visibility, run.parent / 'released' if out is None else out)}")
+    if tensorboard is not None:
+        from privfm.plugins.tensorboard import write_events
+
+        say(f"tensorboard: {write_events(run, tensorboard, visibility)} new scalars in {tensorboard}")
+    if card:
+        from privfm.plugins.model_card import write_model_card
+
+        say(f"model card: {write_model_card(run, visibility)}")
     if folder.config().get("plan", "unknown") is None:
         say("no plan: no guarantee covers what was exported")
     return DONE

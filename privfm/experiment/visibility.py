@@ -11,6 +11,7 @@ from privfm.federation.record import visibility as of_round
 
 # What a run was told is public: an adversary knows the protocol. The seed is not: with it anybody subtracts the noise.
 CONFIG: dict[str, Visibility] = {item.name: "public" for item in fields(RunConfig)}
+CONFIG["malicious"] = "private"  # under this name a round's row says how many of its cohort poisoned
 ENVIRONMENT: dict[str, Visibility] = dict.fromkeys(
     ("privfm", "python", "platform", "cpu_count", "torch_threads", "device", "device_name", "versions", "git"), "public"
 )  # the command line stays private: it may hold the seed

@@ -1,0 +1,1 @@
+"""A small Flower app, as somebody might have it."""
