@@ -38,8 +38,8 @@ class Flower(Engine):
       grid: Flower's, of this run.
       server: the server's own identity and whom it believes, by round.
       settings: how long to wait for what.
-      strict: whether a host that says that a client has failed ends the run; elsewhere it has dropped out, as no host is
-        to end a run for all others.
+      strict: whether a host that says that a client has failed ends the run; elsewhere it has dropped out, as no host
+        is to end a run for all others.
 
     Attributes:
       hosts: which node hosts which parties; grows when nodes join.
