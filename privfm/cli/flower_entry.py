@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import traceback
 from collections.abc import Mapping
@@ -14,14 +15,14 @@ from privfm.cli.explain import public_classes
 from privfm.cli.options import read_toml
 from privfm.cli.run import recorded_config
 from privfm.contracts import SERVER, Engine, Party
-from privfm.engines.flower.app import Place, read_record
+from privfm.engines.flower.app import RUN, Place, read_record
 from privfm.engines.flower.identities import PUBLIC, Pinned, read_secrets
 from privfm.engines.flower.messages import Greeting, Request
 from privfm.engines.flower.node import Keys, Node, hosted_here, parties_of
 from privfm.engines.flower.store import NodeStore
 from privfm.engines.flower.wire import packed, unpacked
 from privfm.experiment.config import ArmSpec
-from privfm.experiment.run import OwnData, arm_of, play_run, prepare
+from privfm.experiment.run import OwnData, accounted_facts, affordable_rounds, arm_of, play_run, prepare
 from privfm.federation import Federation
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def _engine(grid: Grid, package: Path, place: Place, spec: ArmSpec, federation: 
     settings = spec.config.flower
     own = read_secrets(Path(place.server_secrets) if place.server_secrets else place.secrets_of("server"))[SERVER]
     pinned = Pinned(package / PUBLIC)
-    engine = Flower(grid, lambda now: Party(SERVER, now, own, pinned), settings)
+    engine = Flower(grid, lambda now: Party(SERVER, now, own, pinned), settings, federation.strict)
     engine.meet(parties_of(federation.arm, federation.parties))
     return engine
 
@@ -90,7 +91,7 @@ def answer(payload: bytes) -> bytes:
         if order["what"] == "greet":
             told = _told(reason, bool(order["run"].get("loopback")))
             return packed({}, {"content": Greeting((), told).to_bytes(), "memory": memory})
-        return packed({"error": f"{type(reason).__name__}; the host's log says why"}, {"memory": b""})
+        return packed({"error": f"{type(reason).__name__}; the host's log says why"}, {"memory": memory})
 
 
 def _told(reason: Exception, loopback: bool) -> str:
@@ -126,9 +127,18 @@ class Host:
         require(not missing, f"{secrets} holds no identity of parties {sorted(missing)[:5]}, which are hosted here")
         pinned = Pinned(Path(own["identities"]) if "identities" in own else package / PUBLIC)
         keys = Keys({party: identities[party] for party in self.parties}, pinned)
-        folder = Path(own["store"]) if "store" in own else Path(place.out, "hosts", str(number))
+        folder = Path(place.out, "hosts", str(number))
+        if "store" in own:
+            folder = Path(own["store"], _digest(package, place))
         store = NodeStore(folder, config.checkpoint_every + 1)
-        self.node = Node(federation, keys, store, config.clients_per_batch, config.encryption_processes)
+        together, processes = config.clients_per_batch, config.encryption_processes
+        rounds = affordable_rounds(config, accounted_facts(federation))
+        self.node = Node(federation, keys, store, together, processes, rounds=rounds)
+
+
+def _digest(package: Path, place: Place) -> str:
+    """Of what is played: a store that another run has used must not lend it its clients' states."""
+    return hashlib.sha256((package / RUN).read_bytes() + str(place.seed).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=64)  # hosts of a simulation take turns in one process

@@ -53,6 +53,8 @@ class ClientStates:
 
     def stacked(self, ids: Sequence[int], fresh: State) -> State:
         """States of `ids`, stacked `{name: (k, ...)}`; `fresh` for clients without one."""
+        if not ids:  # a batch of which everybody has failed
+            return {name: value.new_zeros((0, *value.shape)) for name, value in fresh.items()}
         own = [self.index[i][0].take(self.index[i][1]) if i in self.index else fresh for i in ids]
         return {name: torch.stack([state[name] for state in own]) for name in fresh}
 

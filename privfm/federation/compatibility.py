@@ -81,9 +81,15 @@ def problems_elsewhere(arm: Arm, own_data: bool = False) -> list[Problem]:
             "engine=local, which plays that threat model, or an attack that needs only its own rows (SignFlip)",
         ),
         (
-            not arm.channel.server_learns_sum,
+            not arm.wire.server_learns_sum,
             f"clients alone open a sum of {type(arm.channel).__name__}, and here their replies go through the server",
             "a sum that the server may see (release=public), or engine=local",
+        ),
+        (
+            arm.folds and bool(getattr(arm.channel, "active", False)),
+            "clients multiply their rows by what the server says, so that one that lies singles a row out among tiny "
+            "others: active masks would protect nobody",
+            "weighting=equal, or active=False, which trusts the server to follow the protocol",
         ),
         (
             own_data and sized,

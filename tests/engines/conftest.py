@@ -357,14 +357,19 @@ class Cluster:
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Cluster]:
-    """`cluster(hosts=2, store=..., keep=2, settings=..., **setting)`: a key holder has one host more."""
+    """`cluster(hosts=2, store=..., keep=2, settings=..., rounds=None, **setting)`: a key holder has one host more."""
     from privfm.cli import flower_entry
 
     made: dict[str, list[Any]] = {}
     monkeypatch.setattr(flower_entry, "_host", lambda folder, run, node: made[folder][dict(node)["partition-id"]])
 
     def make(
-        hosts: int = 2, store: Path | None = None, keep: int = 2, settings: FlowerSettings | None = None, **setting: Any
+        hosts: int = 2,
+        store: Path | None = None,
+        keep: int = 2,
+        settings: FlowerSettings | None = None,
+        rounds: int | None = None,
+        **setting: Any,
     ) -> Cluster:
         name = f"cluster-{len(made)}"
         store = tmp_path / name if store is None else store
@@ -377,7 +382,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Cl
         for number in range(hosts):
             own = hosted_here(number, hosts, first.arm, first.parties)
             keys = Keys({party: identities[party] for party in own}, public.__getitem__)
-            node = Node(_federation(None, **setting), keys, NodeStore(store / str(number), keep))
+            node = Node(_federation(None, **setting), keys, NodeStore(store / str(number), keep), rounds=rounds)
             made[name].append(SimpleNamespace(parties=own, node=node))
         app = client_app(Path(name))
         nodes = [FIRST_NODE + number for number in range(hosts)]

@@ -19,6 +19,7 @@ from privfm.defenses.channels import CKKS, PairwiseMasks, Plaintext
 from privfm.defenses.privacy.clipping import AdaptiveQuantile
 from privfm.engines.flower.messages import Reply, Request
 from privfm.engines.flower.node import hosted_here, parties_of
+from privfm.engines.flower.store import NodeStore
 from privfm.engines.flower.wire import unpacked
 from privfm.federation import Arm, FixedSize, load, save
 from privfm.federation.way import Way
@@ -396,3 +397,24 @@ def test_everybody_is_hosted_once(places: int, holder: bool, malicious: tuple[in
 def test_a_key_holder_is_not_alone_in_the_world() -> None:
     with pytest.raises(InvalidArgument, match="the key holder's alone"):
         hosted_here(0, 1, Arm(cohort=FixedSize(8), channel=CKKS(bound=8.0, clients=12)), 12)
+
+
+@pytest.mark.parametrize(
+    ("plan", "counted"), [(LOCAL, True), (PLAN, False)], ids=["claimed against the server", "against who sees models"]
+)
+def test_a_client_trains_as_often_as_its_plan_pays_for(
+    plan: DPPlan, counted: bool, cluster: Callable[..., Any], played: Callable[..., Any]
+) -> None:
+    """Whatever the round is called: a row more is noise more to average, and nobody pays for it."""
+    there = cluster(2, plan=plan, rounds=2)
+    first = played(there.federation, until=2)
+    rows = played.records[-1].arrived
+    assert rows > 0
+    again = played(there.federation, until=2)  # from the start: what a server can do that forgets on purpose
+    heard = [record.arrived for record in played.records]
+    assert all(arrived < rows for arrived in heard) if counted else heard[-1] == rows
+    if counted:
+        counts = [NodeStore(folder, 2).participations() for folder in sorted(there.store.iterdir())]
+        assert max(max(own.values()) for own in counts) == 2
+    else:
+        assert torch.equal(first.model, again.model)

@@ -142,7 +142,6 @@ def test_everybody_who_is_here_acts_once_and_in_the_casts_order(
     assert all(len(batch) == size for batch in honest_batches[:-1])
 
 
-@pytest.mark.xfail(strict=True, reason="ClientStates.stacked of nobody: torch.stack of an empty list ends the run")
 def test_a_batch_of_which_everybody_fails_costs_its_clients_alone(
     local: Make, cluster: Make, played: Make, sha: Make
 ) -> None:

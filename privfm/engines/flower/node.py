@@ -48,12 +48,24 @@ class Node:
       store: where its clients' states lie between rounds.
       clients_per_batch: clients trained together.
       processes: how many a party may use to encrypt.
+      rounds: how often a client trains under a plan whose epsilon is claimed against the server (`place="local"`, or
+        examples): a server that asks again is paid for by nobody, whatever round it says it is. None: any number.
     """
 
     def __init__(
-        self, federation: Federation, keys: Keys, store: NodeStore, clients_per_batch: int = 1, processes: int = 1
+        self,
+        federation: Federation,
+        keys: Keys,
+        store: NodeStore,
+        clients_per_batch: int = 1,
+        processes: int = 1,
+        *,
+        rounds: int | None = None,
     ) -> None:
         self._federation, self._keys, self._store = federation, keys, store
+        plan = federation.arm.plan
+        against_server = plan is not None and (plan.place == "local" or plan.unit == "example")
+        self._rounds = rounds if against_server else None
         self._clients_per_batch, self._processes = clients_per_batch, processes
         self._channel = federation.arm.wire
 
@@ -81,6 +93,8 @@ class Node:
         sealed = _untold if way is None else way.sealed
         hosted = Hosted(self._channel, sealed, cast, self._party(cast.round), self._clients_per_batch)
         hosted.memories.update(memories)
+        if way is not None and self._rounds is not None:
+            hosted.lost |= self._spent(request)
         replies: dict[int, bytes] = {}
         try:
             for party, reply in hosted.replies(request.stage, request.requests):
@@ -113,6 +127,16 @@ class Node:
         bound = {} if told.bound is None else {BOUND: torch.tensor(told.bound, dtype=torch.float64)}
         state = RunState(cast.round, told.model, bound, {}, clients, attack or federation.fresh_attack(), {})
         return Way(federation, state, rule, space, cast), state
+
+    def _spent(self, request: Request) -> set[int]:
+        """Clients whose plan pays for no further round; the others are counted before they train."""
+        before = self._store.participations()
+        asked = [client for client in request.requests if client >= 0]
+        spent = {client for client in asked if self._rounds is not None and before[client] >= self._rounds}
+        if spent:
+            _note(f"clients {sorted(spent)[:5]} have trained {self._rounds} times: their plan pays for no more")
+        self._store.count(set(asked) - spent)
+        return spent
 
     def _party(self, now: int) -> Callable[[int], Party]:
         def party(number: int) -> Party:

@@ -6,6 +6,9 @@ round again: then everything is as it was before that round, and what was writte
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import final
 
@@ -14,8 +17,9 @@ import torch
 from privfm.checks import at_least
 from privfm.contracts import State
 from privfm.federation.client_states import Chunk, ClientStates
-from privfm.files import file_digest
+from privfm.files import file_digest, write_json
 
+_COUNTS = "participations.json"
 _IDS, _ATTACK, _CLIENT = "ids", "attack/", "client/"
 
 
@@ -61,6 +65,17 @@ class NodeStore:
         save_file(tensors, draft)
         draft.replace(path)
         self._prune(now)
+
+    def participations(self) -> Counter[int]:
+        """How often each client has trained for a server, rounds that were asked for again included."""
+        path = self._folder / _COUNTS
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return Counter({int(client): int(times) for client, times in content.items()})
+
+    def count(self, clients: Iterable[int]) -> None:
+        """Notes that these clients train once more; what a server has once been sent is not forgotten with a round."""
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(self._folder / _COUNTS, dict(self.participations() + Counter(clients)))
 
     def _prune(self, now: int) -> None:
         """Deletes files of which a later one holds everything, and lies before all rounds that are still asked for."""
