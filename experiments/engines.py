@@ -41,7 +41,7 @@ APPROXIMATE = "ckks-approximate"
 
 def main(
     *,
-    where: tuple[Where, ...] = ("local", "simulation", "deployment"),
+    where: tuple[Where, ...] | None = None,
     rounds: int = 2,
     hosts: int = 2,
     seeds: tuple[int, ...] = (0,),
@@ -51,16 +51,18 @@ def main(
     """Plays all arms on all engines, and compares their models.
 
     Args:
-      where: the engines.
+      where: the engines, the first of which the others are compared with; all three by default.
       rounds: of every arm, but for CKKS without a grid: one, before training can make its error larger.
       hosts: that clients are dealt out to.
       seeds: roots of the seed trees.
       out: folder of the experiment.
-      fast: only the plain and the masked arm, and no simulation.
+      fast: only the plain and the masked arm, and by default no simulation.
     """
     arms = configurations(rounds)
     if fast:
-        arms, where = {name: arms[name] for name in ("plain", "masks")}, ("local", "deployment")
+        arms = {name: arms[name] for name in ("plain", "masks")}
+    if where is None:
+        where = ("local", "deployment") if fast else ("local", "simulation", "deployment")
     specs = tuple(
         ArmSpec(f"{name}-{place}", f"{name}, {place}", name, played(config, place, hosts))
         for name, config in arms.items()

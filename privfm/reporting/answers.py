@@ -42,7 +42,7 @@ def _noise(experiment: Experiment) -> str:
     ]
     if plain is None or not reached:
         return ""
-    return f"Federated training without noise reached {_utility(plain)}; with a guarantee {_listed(reached)}."
+    return f"Federated training without noise reached {_utility(plain)}; with a guarantee {_listed(list(dict.fromkeys(reached)))}."
 
 
 def _best_methods(unit: str, lines: Sequence[NoiseLine]) -> str:
@@ -72,7 +72,7 @@ def _encryption(experiment: Experiment) -> str:
         for arm in other
         if (sent := arm.mean("bytes_up_per_client"))
     ]
-    return f"{_listed(reached)}." if reached else ""
+    return f"{_listed(list(dict.fromkeys(reached)))}." if reached else ""
 
 
 def _attacks(experiment: Experiment) -> str:

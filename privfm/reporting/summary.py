@@ -168,7 +168,7 @@ class ArmResult:
         shared = {
             name: value
             for name, value in config.items()
-            if name not in ("seed", "attack", "malicious_share", "malicious", "schedule")
+            if name not in ("seed", "attack", "malicious_share", "malicious", "schedule", "engine", "flower")
         }
         return json.dumps(shared, sort_keys=True)
 

@@ -179,3 +179,21 @@ def test_export_to_a_folder_of_its_own(run_folder: Path, tmp_path: Path, refused
 def test_export_of_everything_is_refused(run_folder: Path, refused: Callable[..., str]) -> None:
     assert refused("export", str(run_folder)).startswith("released=False: a record holds diagnostics")
     assert not (run_folder.parent / "released").exists()
+
+
+def test_export_writes_events_and_a_model_card(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = tmp_path / "events"
+    words = ["--released", "--out", str(tmp_path / "released"), "--tensorboard", str(events), "--card"]
+    assert main(["export", str(run_folder), *words]) == 0
+    out = capsys.readouterr().out
+    assert f"in {events}" in out and "model card: " in out
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    tags = accumulator.Tags()["scalars"]
+    assert any("accuracy" in tag for tag in tags) and not any("malicious" in tag for tag in tags)
+    card = Path(out.partition("model card: ")[2].splitlines()[0]).read_text()
+    assert f"{EPSILON:.2f}"[:3] in card and "released model" in card.lower()

@@ -34,22 +34,23 @@ CHANNELS: dict[str, Channel] = {
 
 @pytest.fixture
 def secrets(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """Every identity that is made, and everything any party keeps in its memory of a round."""
+    """The roster's secret, every identity derived from it, and everything any party keeps in its memory of a round."""
     found: list[bytes] = []
-    answer, make = Channel.answer, local.new_identity
+    answer, make, identity_of = Channel.answer, local.new_identity, local.Roster.identity
 
     def watched(self: Channel, *arguments: Any) -> Any:
         memory, reply = answer(self, *arguments)
         found.extend(value for value in memory.values() if len(value) >= WINDOW)
         return memory, reply
 
-    def made() -> Identity:
-        identity = make()
-        found.append(identity.secret)
+    def seen(identity: Identity) -> Identity:
+        if identity.secret not in found:
+            found.append(identity.secret)
         return identity
 
     monkeypatch.setattr(Channel, "answer", watched)
-    monkeypatch.setattr(local, "new_identity", made)
+    monkeypatch.setattr(local, "new_identity", lambda: seen(make()))
+    monkeypatch.setattr(local.Roster, "identity", lambda self, party: seen(identity_of(self, party)))
     return found
 
 
@@ -91,8 +92,13 @@ def test_the_search_finds_a_secret_that_is_there(secrets):
     """Negative control."""
     engine = local.Local()
     secret = engine.party(3, 0).identity.secret
-    assert windows(secret) & {window for each in secrets for window in windows(each)}
-    assert secret.hex() not in repr(engine) + repr(engine.party(3, 0))
+    searched = {window for each in secrets for window in windows(each)}
+    assert windows(secret) <= searched
+    root = engine.roster._root.secret
+    assert windows(root) <= searched and root != secret
+    shown = repr(engine) + repr(engine.roster) + repr(engine.party(3, 0)) + repr(vars(engine.roster))
+    assert secret.hex() not in shown and root.hex() not in shown
+    assert repr(secret) not in shown and repr(root) not in shown
     with pytest.raises(TypeError, match="not pickled"):
         pickle.dumps(engine)
     assert replace(engine) == engine
