@@ -20,13 +20,14 @@ demo: $(STAMP) ## the trade-off of privacy, robustness and utility on a real mod
 test: $(STAMP) ## all tests; linter, types and import contracts run among them
 	$(RUN) pytest -n 2 --dist worksteal
 
-bench: .venv-bench/.installed $(STAMP) ## aggregation, private steps, many clients, encryption, reconstruction and shadow adapters beside others
+bench: .venv-bench/.installed $(STAMP) ## aggregation, private steps, many clients, encryption, reconstruction, shadow adapters and engines beside others
 	.venv-bench/bin/python -m benchmarks.aggregation
 	.venv-bench/bin/python -m benchmarks.private_step
 	.venv-bench/bin/python -m benchmarks.clients
 	$(RUN) benchmarks.encryption
 	$(RUN) benchmarks.reconstruction
 	$(RUN) benchmarks.shadow
+	$(RUN) benchmarks.engines
 
 lint: $(STAMP) ## linter, formatting and import contracts only
 	$(RUN) ruff check .

@@ -61,16 +61,16 @@ def main(
     arms = configurations(rounds)
     if fast:
         arms = {name: arms[name] for name in ("plain", "masks")}
-    if where is None:
-        where = ("local", "deployment") if fast else ("local", "simulation", "deployment")
+    places: tuple[Where, ...] = ("local", "deployment") if fast else ("local", "simulation", "deployment")
+    places = where or places
     specs = tuple(
         ArmSpec(f"{name}-{place}", f"{name}, {place}", name, played(config, place, hosts))
         for name, config in arms.items()
-        for place in where
+        for place in places
     )
     report = run_experiment(Experiment("engines", QUESTION, specs), out, seeds, workers=1)
     console = Console()
-    rows = [row for name, config in arms.items() for row in compared(out, name, config, where, seeds)]
+    rows = [row for name, config in arms.items() for row in compared(out, name, config, places, seeds)]
     (out / "engines.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     for line in table(rows):
         console.print(line, soft_wrap=True, markup=False)

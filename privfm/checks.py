@@ -121,3 +121,7 @@ def one_of(name: str, value: str, options: Iterable[str]) -> None:
     """Checks membership; the error offers the nearest option."""
     known = sorted(options)
     require(value in known, f"{name}={value!r} is not known{nearest(value, known)}")
+
+
+class FlowerFailed(RuntimeError):
+    """Flower did not start, or a run on it did not end well. The message carries the tail of its log."""

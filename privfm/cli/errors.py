@@ -9,6 +9,7 @@ from privfm.checks import (
     BrokenCheckpoint,
     BrokenEnvelope,
     ClientFailed,
+    FlowerFailed,
     InvalidArgument,
     NotRevealed,
     RoundFailed,
@@ -17,7 +18,9 @@ from privfm.checks import (
 DONE, REFUSED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 """Exit statuses. `REFUSED`: the command worked, and what it looked at is not in order."""
 
-EXPLAINED = (InvalidArgument, NotRevealed, RoundFailed, ClientFailed, BrokenCheckpoint, BrokenEnvelope)
+EXPLAINED = (
+    InvalidArgument, NotRevealed, RoundFailed, ClientFailed, BrokenCheckpoint, BrokenEnvelope, FlowerFailed,
+)  # fmt: skip
 """Errors whose message says all there is to say; anything else is a defect and keeps its traceback."""
 
 

@@ -12,13 +12,14 @@ from privfm.cli.flower_entry import spec_of
 from privfm.cli.options import parser_for, values
 from privfm.cli.run import request
 from privfm.contracts import KEY_HOLDER, SERVER
-from privfm.engines.flower.app import MODULE, Place, write_app
-from privfm.engines.flower.identities import PUBLIC, make_secrets, write_public
+from privfm.defenses.channels.identity_files import make_secrets, write_public
+from privfm.engines.flower.app import MODULE, PUBLIC, Place, write_app
 from privfm.engines.flower.node import hosted_here
-from privfm.experiment import ArmSpec, arm_of, deal
+from privfm.experiment import ArmSpec, RunConfig, arm_of, deal
 from privfm.experiment.flower import APP, hosts_of, record_of
 from privfm.experiment.run import prepare
 from privfm.federation import problems_elsewhere, refuse, refuse_problems
+from privfm.files import writable
 
 
 def flower_app(argv: Sequence[str]) -> int:
@@ -33,13 +34,16 @@ def flower_app(argv: Sequence[str]) -> int:
     folder = Path(words.pop(0)) if named else Path()
     asked = request("flower-app", words)
     require(len(asked.seeds) == 1, f"seeds={list(asked.seeds)}: an app plays one run; give one, or write several apps")
-    config, seed = replace(asked.config, engine="flower"), asked.seeds[0]
+    settings = replace(asked.config.flower, mode="deployment")  # what the record will say of these hosts
+    config, seed = replace(asked.config, engine="flower", flower=settings), asked.seeds[0]
+    _refuse_seeded(config)
     federation = prepare(config, seed)
     refuse_problems(federation)
     refuse(problems_elsewhere(federation.arm, bool(config.clients_elsewhere)))
     spec = ArmSpec(asked.name, asked.name, "", config)
-    place = Place(str(Path("runs", asked.name, f"seed-{seed}")), seed, "server.json")
-    write_app(folder, APP, record_of(spec, seed), {}, place)
+    place = Place(str(asked.out / f"seed-{seed}"), seed, "server.json")
+    with writable(folder):
+        write_app(folder, APP, record_of(spec, seed), {}, place)
     say(f"app: {folder}")
     places = hosts_of(config, federation.arm)
     for number in range(places):
@@ -55,6 +59,20 @@ _NEXT = (
     "then all public files into {public}, and the folder to every host again",
     "see docs/flower_deployment.md: SuperLink, SuperNodes, `flwr run {folder}`",
 )
+
+
+def _refuse_seeded(config: RunConfig) -> None:
+    """Raises `InvalidArgument` where noise could be taken off again: an app tells every host, and the server, the seed.
+
+    A plan and its epsilon mean nothing then; on one machine they are those of a simulation, and say so.
+    """
+    plan = config.plan
+    seeded = plan is not None and plan.source == "seeded" and plan.noise_multiplier > 0
+    require(
+        not seeded,
+        "plan.source='seeded': every host and the server know an app's seed, and could draw the noise again and take "
+        "it off; use --plan.source secure",
+    )
 
 
 def _whom(parties: Sequence[int]) -> str:
@@ -91,7 +109,8 @@ def _identity(app: Path, host: str, out: Path | None = None) -> int:
     secrets = Path("server.json" if host == "server" else f"host-{host}.json") if out is None else out
     public = secrets.with_suffix(".public.json")
     require(not public.exists(), f"{public} is there already; choose another --out")
-    write_public(public, make_secrets(secrets, parties))
+    with writable(secrets):
+        write_public(public, make_secrets(secrets, parties))
     say(f"secrets: {secrets} (stay here)")
     say(f"public: {public} (to everybody)")
     return DONE

@@ -160,17 +160,22 @@ class ArmSpec:
     kind: Kind = "federated"
 
 
-def resolved(value: object) -> Any:
-    """A configuration as plain values, in the form that the command line and configuration files read."""
+def resolved(value: object, *, in_full: bool = False) -> Any:
+    """A configuration as plain values, in the form that the command line and configuration files read.
+
+    Args:
+      value: the configuration, or a part of it.
+      in_full: also names classes of privfm by their import path: no class of somebody else's is then taken for one.
+    """
     if is_dataclass(value) and not isinstance(value, type):
-        own = {item.name: resolved(getattr(value, item.name)) for item in fields(value)}
+        own = {item.name: resolved(getattr(value, item.name), in_full=in_full) for item in fields(value)}
         kind = type(value)
         if not any(base.__module__.startswith("privfm.contracts") for base in kind.__mro__[1:]):
             return own
-        ours = kind.__module__.startswith("privfm.")
-        return {"class_path": kind.__name__ if ours else f"{kind.__module__}.{kind.__qualname__}", "init_args": own}
+        short = kind.__module__.startswith("privfm.") and not in_full
+        return {"class_path": kind.__name__ if short else f"{kind.__module__}.{kind.__qualname__}", "init_args": own}
     if isinstance(value, (tuple, list)):
-        return [resolved(item) for item in value]
+        return [resolved(item, in_full=in_full) for item in value]
     if isinstance(value, FunctionType):
         return f"{value.__module__}.{value.__qualname__}"  # somebody's own training loop
     return value

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Final
 
-from privfm.checks import require
+from privfm.checks import FlowerFailed, first_line, require
 from privfm.contracts import SERVER
+from privfm.defenses.channels.identity_files import make_secrets
 from privfm.engines.flower.app import Place, write_app
-from privfm.engines.flower.identities import make_secrets
 from privfm.engines.flower.node import hosted_here
 from privfm.engines.flower.settings import FlowerSettings
 from privfm.experiment.config import ArmSpec, RunConfig, resolved
@@ -31,9 +32,10 @@ APP: Final = "privfm-run"
 
 
 def play_on_flower(jobs: Sequence[Job], shared: Path, update: Callable[[], None]) -> None:
-    """Plays runs one after the other, those of the same settings in one session of Flower.
+    """Plays runs one after the other, those of the same settings and number of hosts in one session of Flower.
 
-    Whatever ends this function, no process of Flower is left.
+    Whatever ends this function, no process of Flower is left. A client stays on its host when a run goes on later, and
+    with it what it remembers between rounds: so the number of a run's hosts must not depend on the other runs.
 
     Args:
       jobs: what is not finished yet.
@@ -41,21 +43,81 @@ def play_on_flower(jobs: Sequence[Job], shared: Path, update: Callable[[], None]
       update: called after every run.
 
     Raises:
-      InvalidArgument: Flower is not installed.
-      FlowerFailed: it did not start, or a run did not end well.
+      InvalidArgument: Flower is not installed, or a run cannot be played on hosts that are this machine.
+      FlowerFailed: it did not start, or a run did not end well; the logs of all its processes lie beside the run.
     """
-    for settings in dict.fromkeys(spec.config.flower for _, spec, _ in jobs):
-        _play_session([job for job in jobs if job[1].config.flower == settings], settings, shared, update)
+    refuse_jobs(jobs)
+    sessions: dict[tuple[FlowerSettings, int], list[Job]] = {}
+    for job in jobs:
+        _, spec, seed = job
+        hosts = hosts_of(spec.config, prepare(spec.config, seed, shared).arm)
+        sessions.setdefault((spec.config.flower, hosts), []).append(job)
+    for (settings, hosts), own in sessions.items():
+        _play_session(own, settings, hosts, shared, update)
 
 
-def _play_session(jobs: Sequence[Job], settings: FlowerSettings, shared: Path, update: Callable[[], None]) -> None:
-    hosts = max(hosts_of(spec.config, prepare(spec.config, seed, shared).arm) for _, spec, seed in jobs)
+def refuse_jobs(jobs: Sequence[Job]) -> None:
+    """Raises `InvalidArgument` where something is missing that Flower's processes need; nothing is started.
+
+    | what | why |
+    |---|---|
+    | Flower is not installed, or not on this system | there is nothing to start |
+    | `flower.clients` | hosts that are this machine all read the same data, those of the server |
+    | classes of the script that was started, or of one of its functions | no other process can import them |
+    """
+    from privfm.engines.flower.surroundings import programs
+
+    for _, spec, _ in jobs:
+        config = spec.config
+        require(
+            config.flower.clients == 0,
+            f"flower.clients={config.flower.clients}: hosts on this machine have no data of their own, and their "
+            "clients would train on the rows that the server evaluates on; leave it out, or use privfm flower-app",
+        )
+        strange = [name for name in _classes(resolved(config)) if name.startswith("__main__.") or "<" in name]
+        require(
+            not strange,
+            f"{', '.join(strange)}: hosts are processes of their own and cannot import it; put it at the top level of "
+            "a module, a file of its own in this folder",
+        )
+        programs(config.flower.mode == "simulation")
+
+
+def _classes(record: Any) -> Iterator[str]:
+    """Names of somebody's own classes and functions in a resolved configuration."""
+    if isinstance(record, dict):
+        for name, value in record.items():
+            if name in ("class_path", "function") and isinstance(value, str):
+                yield value
+            yield from _classes(value)
+    elif isinstance(record, list):
+        for value in record:
+            yield from _classes(value)
+
+
+def _play_session(
+    jobs: Sequence[Job], settings: FlowerSettings, hosts: int, shared: Path, update: Callable[[], None]
+) -> None:
     with TemporaryDirectory(prefix="privfm-flower-") as name:
-        folder = Path(name)
-        with open_session(folder / "session", settings, hosts) as session:
-            for number, job in enumerate(jobs):
-                play_in(session, folder / f"job-{number}", job, hosts, shared)
-                update()
+        folder, number = Path(name), 0
+        try:
+            with open_session(folder / "session", settings, hosts) as session:
+                for number, job in enumerate(jobs):
+                    play_in(session, folder / f"job-{number}", job, hosts, shared)
+                    update()
+        except FlowerFailed as reason:
+            kept = _logs(folder / "session", jobs[number][0])
+            raise FlowerFailed(f"{first_line(reason)}; the logs of server and hosts are in {kept}") from reason
+
+
+def _logs(session: Path, run: Path) -> Path:
+    """Copies a session's logs into a folder beside the run, in place of earlier ones: the session's own goes."""
+    kept = run.with_name(f"{run.name}.logs")
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(mode=0o700, parents=True)  # an exception's text may hold what is in a client's data
+    for log in (*session.glob("*.log"), *session.glob("home/privfm/*.log")):  # the second: of persistent workers
+        shutil.copy(log, kept)
+    return kept
 
 
 def hosts_of(config: RunConfig, arm: Arm) -> int:
@@ -112,7 +174,7 @@ def record_of(spec: ArmSpec, seed: int, folder: Path | None = None) -> dict[str,
     elsewhere = spec.config.clients_elsewhere > 0
     names = deal(spec.config, seed).table.label_names if elsewhere else ()
     where = "" if folder is None else str(folder)
-    return {**record, "config": resolved(spec.config), "folder": where, "label_names": list(names)}
+    return {**record, "config": resolved(spec.config, in_full=True), "folder": where, "label_names": list(names)}
 
 
 def _make_all_secrets(place: Place, federation: Federation, hosts: int) -> dict[int, bytes]:

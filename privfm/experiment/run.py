@@ -302,7 +302,7 @@ def _summary(
     learner = _model_learner(federation)
     utility = metrics[config.task.primary]
     training, aggregation = column(rows, "seconds_training"), column(rows, "seconds_aggregation")
-    evaluation = column(rows, "seconds_evaluation")
+    evaluation, failed = column(rows, "seconds_evaluation"), column(rows, "failed")
     return {
         "arm": spec.name,
         "title": spec.title,
@@ -310,7 +310,7 @@ def _summary(
         "seed": seed,
         "rounds": len(rows),
         "skipped_rounds": sum(bool(row["skipped"]) for row in rows),
-        "failed_clients": round(sum(column(rows, "failed"))),
+        "failed_clients": round(sum(failed)) if failed else None,
         "first_failure": next((str(row["failure"]) for row in rows if row["failure"]), ""),
         "clients_without_rows": len(deal(config, seed).absent),
         "channel_reveals": config.channel.reveals.name,
@@ -344,7 +344,7 @@ def _summary(
         "bytes_up_per_client": fmean(column(rows, "bytes_up_per_client")),
         "bytes_down_per_client": fmean(column(rows, "bytes_down_per_client")),
         "seconds_total": sum(training) + sum(aggregation) + sum(evaluation),
-        "seconds_training": sum(training),
+        "seconds_training": sum(training) if training else None,
         "seconds_aggregation": sum(aggregation),
         "channel_error_relative_l2": max(column(rows, "channel_error_relative_l2"), default=None),
     }

@@ -19,7 +19,7 @@ import torch
 
 from privfm.checks import InvalidArgument, at_least, require
 from privfm.experiment.config import ArmSpec
-from privfm.experiment.flower import Job, play_on_flower
+from privfm.experiment.flower import Job, play_on_flower, refuse_jobs
 from privfm.experiment.run import play_run, prepare, recorded
 from privfm.experiment.visibility import visibility
 from privfm.federation import problems_elsewhere, refuse, refuse_problems
@@ -78,6 +78,7 @@ def run_experiment(experiment: Experiment, folder: Path, seeds: Sequence[int], w
     for path, spec, seed in jobs:
         RunFolder(path).require_same(recorded(spec, seed))
     with _held(folder) as shared:
+        refuse_jobs([job for job in jobs if job[1].config.engine == "flower" and not RunFolder(job[0]).finished])
         if not all(RunFolder(path).finished for path, _, _ in jobs):
             for seed in seeds:  # the activations that all arms share are computed here, once, with every core
                 for spec in experiment.arms:

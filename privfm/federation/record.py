@@ -28,7 +28,7 @@ class Record:
       malicious: of them, those that poison in this round.
       arrived: usable rows: clients, or groups of them.
       bad: rows left out as non-finite or malformed.
-      failed: clients whose training raised.
+      failed: clients whose training raised; None where they train elsewhere.
       arrived_malicious: of them, attackers; None where rows are means of groups.
       kept: clients with a weight above zero; None where a row has no one weight.
       kept_malicious: of them, attackers.
@@ -50,7 +50,7 @@ class Record:
       bytes_down_per_client: the model and the requests of every stage.
       channel_error_relative_l2: L2 distance of the channel's sum from the plain sum of the same rows, over the latter's
         norm; None where rows are revealed, or a client was lost after it had sent.
-      seconds_training: local training and client steps.
+      seconds_training: local training and client steps; None where clients train elsewhere: then it is waited for.
       seconds_aggregation: everything else in the round.
     """
 
@@ -60,7 +60,7 @@ class Record:
     arrived: int = _shown("private")
     arrived_malicious: int | None = _shown("private")
     bad: int = _shown("private")
-    failed: int = _shown("private")
+    failed: int | None = _shown("private")
     kept: int | None = _shown("private")
     kept_malicious: int | None = _shown("private")
     clipped: int | None = _shown("private")
@@ -78,7 +78,7 @@ class Record:
     bytes_up: int = _shown("private")
     bytes_up_per_client: float = _shown("private")
     bytes_down_per_client: float = _shown("private")
-    seconds_training: float = _shown("private")
+    seconds_training: float | None = _shown("private")
     seconds_aggregation: float = _shown("private")
     leaked: dict[str, float] = _shown("private")
 

@@ -90,7 +90,7 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
         malicious=len(way.malicious),
         arrived=arrived.n if grouped else sum(client < below for client in arrived.ids),
         bad=arrived.bad,
-        failed=len(way.failures),
+        failed=None if federation.engine.elsewhere else len(way.failures),
         arrived_malicious=None if grouped else len(set(arrived.ids) & set(way.malicious)),
         kept=kept,
         kept_malicious=kept_malicious,
@@ -109,7 +109,7 @@ def play(federation: Federation, state: RunState) -> tuple[RunState, Record]:
         bytes_up=traffic.up,
         bytes_up_per_client=traffic.up_per_client,
         bytes_down_per_client=traffic.down_per_client + len(state.model) * torch.float32.itemsize,
-        seconds_training=way.seconds,
+        seconds_training=None if federation.engine.elsewhere else way.seconds,
         seconds_aggregation=perf_counter() - began - way.seconds,
         leaked=arm.server_attack.look(view.seen, state.model, now) if arm.server_attack else {},
     )

@@ -44,6 +44,14 @@ class Way:
     client steps, because nobody can make an attacker clip, and before the codecs, because a dense row is no message
     of a sparse wire.
 
+    Args:
+      federation: the run.
+      state: from which the round starts.
+      rule: of the round.
+      space: it works on.
+      cast: who takes part, and what they are told.
+      measured: also notes what only a simulation knows of all rows together (`empirical_kappa`, `channel_error`).
+
     Attributes:
       honest: ids of the cohort's clients that do not poison in this round.
       malicious: ids of those that do; they act as one batch.
@@ -55,7 +63,9 @@ class Way:
       seconds: spent on it.
     """
 
-    def __init__(self, federation: Federation, state: RunState, rule: Rule, space: Space, cast: Cast) -> None:
+    def __init__(
+        self, federation: Federation, state: RunState, rule: Rule, space: Space, cast: Cast, *, measured: bool = True
+    ) -> None:
         arm, told = federation.arm, cast.broadcast
         assert told is not None  # `play`, or the server's message
         self.honest, self.malicious, self.weights = cast.honest, cast.malicious, told.weights
@@ -68,11 +78,12 @@ class Way:
         self._hidden_from = federation.clients.size if ghosts else inf  # attackers see no row that is not there
         self._known = Knowledge(level, told.cohort, self._imagined, told.model[: federation.learner.d], rule)
         plain = arm.plan is None and not arm.folds and arm.channel.rows(1) is None
-        self._spread = Spread() if plain else None
+        self._spread = Spread() if plain and measured else None
         self._active = arm.active(state.round, federation.learner.adapters)
         self._layers = federation.learner.layers
         self._bound = told.bound
-        self._sums = federation.arm.channel.reveals is Reveals.SUM  # elsewhere the server may clip what it opens
+        # Elsewhere the server may clip what it opens.
+        self._sums = measured and federation.arm.channel.reveals is Reveals.SUM
         self._planted = planted
         self._plain_sum = torch.zeros((), dtype=torch.float64)
         self._summed: set[int] = set()

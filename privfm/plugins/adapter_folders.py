@@ -24,6 +24,8 @@ from privfm.plugins.loops import LoopResult, StateDictServer
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 PICKLES = ("adapter_model.bin", "pytorch_model.bin")
+LONGEST = 2**20
+"""Bytes of a configuration that is read: PEFT writes some thousand."""
 
 AGREED = (
     "peft_type", "base_model_name_or_path", "revision", "task_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern",
@@ -48,7 +50,8 @@ def aggregate_adapter_folders(
 
     | a client's folder                                       | what becomes of it                                   |
     |---------------------------------------------------------|------------------------------------------------------|
-    | no configuration, or another base, r, alpha, targets    | left out, counted as bad                             |
+    | no configuration (or one beyond a MiB), or another base,| left out, counted as bad                             |
+    | r, alpha, targets                                       |                                                      |
     | only a `.bin` file, no weights, weights cut off         | left out, counted as bad; nothing is unpickled       |
     | other entries or shapes, NaN                            | left out, counted as bad                             |
 
@@ -106,7 +109,7 @@ def _client(folder: Path, config: Mapping[str, Any]) -> Client:
         return found
     differ = [name for name in AGREED if _plain(found.get(name)) != _plain(config.get(name))]
     if differ:
-        listed = ", ".join(f"{name}={found.get(name)!r}, not {config.get(name)!r}" for name in differ)
+        listed = ", ".join(f"{name}={_short(found.get(name))}, not {_short(config.get(name))}" for name in differ)
         return Unusable(f"was trained with {listed}")
     return folder / WEIGHTS
 
@@ -120,12 +123,19 @@ def _opened(folder: Path) -> dict[str, Any] | Unusable:
                             "PEFT's save_pretrained or safetensors.torch.save_file")  # fmt: skip
         return Unusable(f"has no {WEIGHTS}")
     try:
+        require((folder / CONFIG).stat().st_size <= LONGEST, f"it is longer than {LONGEST:,} bytes")
         config = read_json(folder / CONFIG)
-    except BrokenCheckpoint as error:
+    except (BrokenCheckpoint, InvalidArgument, OSError, RecursionError) as error:  # the last: brackets in brackets
         return Unusable(f"has no readable configuration: {error}")
     if config.get("peft_type") != "LORA":
-        return Unusable(f"holds an adapter of type {config.get('peft_type')}, expected LORA")
+        return Unusable(f"holds an adapter of type {_short(config.get('peft_type'))}, expected LORA")
     return config
+
+
+def _short(value: object) -> str:
+    """What a client wrote, as far as a reason needs it."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _plain(value: object) -> object:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privfm.checks import InvalidArgument, first_line
+from privfm.checks import InvalidArgument
 from privfm.contracts import Rule
 from privfm.plugins.changes import Unusable
 from privfm.plugins.loops import aggregate_state_dicts
@@ -49,7 +49,19 @@ def _tensors(arrays: object) -> dict[str, Tensor] | Unusable:
     """A list of arrays as a state dict, named by place; the arrays are not changed."""
     if not isinstance(arrays, Sequence) or not all(isinstance(own, np.ndarray | np.generic) for own in arrays):
         return Unusable("is no list of NumPy arrays")
-    try:  # read-only and strided arrays are copied, the others share their memory
-        return {f"{i:06d}": torch.from_numpy(np.require(own, requirements=["C", "W"])) for i, own in enumerate(arrays)}
+    try:
+        return {f"{i:06d}": as_tensor(f"{i:06d}", own) for i, own in enumerate(arrays)}
+    except InvalidArgument as error:
+        return Unusable(f"holds what torch has no type for: {error}")
+
+
+def as_tensor(name: str, array: NDArray[np.generic] | np.generic) -> Tensor:
+    """A NumPy array or scalar as a tensor; read-only and strided arrays are copied, the others share their memory.
+
+    Raises:
+      InvalidArgument: torch has no such type.
+    """
+    try:
+        return torch.from_numpy(np.require(np.asarray(array), requirements=["C", "W"]))
     except (TypeError, ValueError) as error:
-        return Unusable(f"holds what torch has no type for: {first_line(error)}")
+        raise InvalidArgument(f"{name} is an array of {array.dtype}, expected a native number type") from error

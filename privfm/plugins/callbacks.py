@@ -8,8 +8,10 @@ What they log speaks of training examples and is covered by no guarantee: it is 
 
 from __future__ import annotations
 
+import random
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -62,7 +64,7 @@ class AttackCallback(TrainerCallback):
     ) -> None:
         """The model before training."""
         self._last = -1
-        with torch.random.fork_rng():
+        with _own_randomness():
             self.begins()
 
     @final
@@ -89,7 +91,7 @@ class AttackCallback(TrainerCallback):
     def _now(self, step: int) -> None:
         if step != self._last:
             self._last = step
-            with torch.random.fork_rng():  # data loaders draw from the global generator, of which training is made
+            with _own_randomness():
                 found = self.attack(step)
             self._trainer.log(found)
 
@@ -233,7 +235,7 @@ class ReconstructionCallback(AttackCallback):
     ) -> None:
         super().__init__(trainer, every)
         require(len(batch) > 0, "batch=[]: expected at least one example")
-        with torch.random.fork_rng():
+        with _own_randomness():
             parts = list(batches_of(trainer, batch))
         require(len(parts) == 1, f"batch: {len(batch)} examples, at most per_device_eval_batch_size fit at once")
         self._batch = parts[0]
@@ -292,6 +294,25 @@ def model_of(trainer: Trainer) -> torch.nn.Module:
 
 
 def batches_of(trainer: Trainer, examples: Any) -> Iterator[dict[str, Any]]:
-    """Examples in the Trainer's own evaluation batches, in their order, on its device."""
+    """All examples in the Trainer's own evaluation batches, on its device; in an order that is always the same.
+
+    Raises:
+      InvalidArgument: the Trainer's options leave some out, or mix their order.
+    """
+    args = trainer.args
+    require(not args.dataloader_drop_last, "dataloader_drop_last=True leaves examples out: attack with False")
+    require(args.dataloader_in_order, "dataloader_in_order=False: losses could not be told apart; attack with True")
     for batch in trainer.get_test_dataloader(examples):
-        yield {name: value.to(trainer.args.device) for name, value in batch.items()}
+        yield {name: value.to(args.device) for name, value in batch.items()}
+
+
+@contextmanager
+def _own_randomness() -> Iterator[None]:
+    """Leaves the global generators as they were: data loaders and collators draw from them, and training does."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # not to draw from, to keep
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, final
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from privfm.checks import InvalidArgument, RoundFailed, first_line, nearest, require
+from privfm.contracts import Spans
 from privfm.contracts.inputs import NamedView, open_updates
 from privfm.contracts.views import StoredView
 from privfm.vectors import Layout
@@ -53,25 +55,37 @@ Client = Named | str | Path | Unusable
 
 @final
 class GlobalModel:
-    """The global model: its floats as one vector `(d,)`, and how to make a model of another vector."""
+    """The global model: its floats as one vector `(d,)`, and how to make a model of another vector.
 
-    def __init__(self, state: Named, exclude: Collection[str]) -> None:
-        require(isinstance(state, Mapping), f"global_state is a {type(state).__name__}, expected a state dict")
+    Args:
+      state: the model.
+      exclude: entries that stay as they are, beside the integers.
+      called: what errors say of it.
+
+    Raises:
+      InvalidArgument: entries that are no tensors or of no plain type, an excluded name that is not there, no floats
+        left, or a value that is not finite.
+    """
+
+    def __init__(self, state: Named, exclude: Collection[str], called: str = "global_state") -> None:
+        require(isinstance(state, Mapping), f"{called} is a {type(state).__name__}, expected a state dict")
         for name, entry in state.items():
-            require(isinstance(entry, Tensor), f"{name} of global_state is a {type(entry).__name__}, expected a tensor")
+            require(isinstance(entry, Tensor), f"{name} of {called} is a {type(entry).__name__}, expected a tensor")
             kind = entry.dtype in TAKEN or not (entry.is_floating_point() or entry.is_complex())
-            require(kind or name in exclude, f"{name} of global_state is {entry.dtype}: leave it out with exclude=")
+            require(kind or name in exclude, f"{name} of {called} is {entry.dtype}: leave it out with exclude=")
         for name in exclude:
-            require(name in state, f"exclude={name!r} is not an entry of global_state{nearest(name, state)}")
+            require(name in state, f"exclude={name!r} is not an entry of {called}{nearest(name, state)}")
         self.untouched = tuple(n for n, entry in state.items() if n in exclude or not entry.is_floating_point())
         self.layout = Layout.of(state, self.untouched)
         self.dtype = reduce(torch.promote_types, self.layout.dtypes, torch.float32)
         self.device = next(entry.device for name, entry in state.items() if name not in self.untouched)
         parts = [state[name].detach().reshape(-1).to(self.device, self.dtype) for name in self.layout.names]
-        self.vector, self._state = torch.cat(parts), state
+        self.vector = torch.cat(parts)  # a copy: the rest of the model need not be held
+        self._rest = {name: state[name] for name in self.untouched}
+        self._places = {name: entry.device for name, entry in state.items()}
         named = zip(self.layout.names, parts, strict=True)
         wrong = [name for name, part in named if not bool(part.isfinite().all())]
-        require(not wrong, f"global_state is not finite in {', '.join(wrong)}: go back to the last good model")
+        require(not wrong, f"{called} is not finite in {', '.join(wrong)}: go back to the last good model")
         self.narrow = _narrow(self.layout)
 
     def opened(self, client: object) -> NamedView | str:
@@ -83,9 +97,7 @@ class GlobalModel:
         try:
             if isinstance(client, Mapping):
                 own = {name: entry for name, entry in client.items() if name not in self.untouched}
-                wrong = self._differ(
-                    _shapes(own)
-                )  # before anything is copied: an expanded tensor costs nothing to send
+                wrong = self._differ(_shapes(own))  # before anything is copied: a view of one number costs nothing
                 if wrong:
                     return wrong
                 view = _opened(own)
@@ -101,11 +113,20 @@ class GlobalModel:
         if ours.keys() != theirs.keys():
             lacks, adds = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
             return "; ".join(f"{word} {', '.join(n)}" for word, n in (("lacks", lacks), ("adds", adds)) if n)
-        return "; ".join(f"{n} has shape {theirs[n]}, not {shape}" for n, shape in ours.items() if theirs[n] != shape)
+        wrong = [name for name, shape in ours.items() if theirs[name] != shape]
+        return "; ".join(f"{name} has shape {theirs[name]}, the model's {ours[name]}" for name in wrong)
 
     def plus(self, change: Tensor) -> dict[str, Tensor]:
-        """The model after a change `(d,)`."""
-        return self.filled(self.vector.double() + change.to(self.device, torch.float64))
+        """The model after a change `(d,)`: added in float64, an entry at a time.
+
+        Raises:
+          RoundFailed: an entry's type cannot hold its new values.
+        """
+        layout, sizes = self.layout, list(self.layout.sizes)
+        parts = zip(torch.split(self.vector, sizes), torch.split(change, sizes), strict=True)
+        sums = (own.double() + part.to(self.device, torch.float64) for own, part in parts)
+        kinds = zip(layout.names, sums, layout.shapes, layout.dtypes, strict=True)
+        return self._with({name: total.reshape(shape).to(dtype) for name, total, shape, dtype in kinds})
 
     def filled(self, vector: Tensor) -> dict[str, Tensor]:
         """The model with these floats `(d,)`.
@@ -113,14 +134,37 @@ class GlobalModel:
         Raises:
           RoundFailed: an entry's type cannot hold its new values.
         """
-        named = self.layout.unflatten(vector)
-        wrong = [f"{name} ({entry.dtype})" for name, entry in named.items() if not bool(entry.isfinite().all())]
-        if wrong:
-            raise RoundFailed(f"the next model is not finite in {', '.join(wrong)}; the last one stands")
+        return self._with({name: entry.clone() for name, entry in self.layout.unflatten(vector).items()})
+
+    def _with(self, named: Named) -> dict[str, Tensor]:
+        """The model with these entries, which are nobody else's, in place of its own."""
+        require_held(named, "the next model")
         return {
-            name: named[name].to(entry.device, copy=True) if name in named else entry.detach().clone()
-            for name, entry in self._state.items()
+            name: named[name].to(place) if name in named else self._rest[name].detach().clone()
+            for name, place in self._places.items()
         }
+
+
+def require_held(named: Named, what: str) -> None:
+    """Checks that entries' own types hold their new values.
+
+    Raises:
+      RoundFailed: one does not.
+    """
+    wrong = [f"{name} ({entry.dtype})" for name, entry in named.items() if not bool(entry.isfinite().all())]
+    if wrong:
+        raise RoundFailed(f"{what} is not finite in {', '.join(wrong)}; the last model stands")
+
+
+def listed(reasons: Sequence[str]) -> str:
+    """The first few of those why clients were left out, for the end of an error."""
+    more = " ..." if len(reasons) > 3 else ""
+    return f". Left out: {'; '.join(reasons[:3])}{more}" if reasons else ""
+
+
+def spans(layout: Layout) -> Spans:
+    """Columns of each entry of a vector."""
+    return tuple(pairwise(accumulate(layout.sizes, initial=0)))
 
 
 def _narrow(layout: Layout) -> list[tuple[int, int, float]]:
@@ -141,6 +185,7 @@ def _shapes(state: Named) -> dict[str, tuple[int, ...]]:
         require(isinstance(name, str), f"has an entry {name!r}, expected names")
         plain = isinstance(entry, Tensor) and entry.layout is torch.strided and not entry.is_meta
         require(plain, f"{name} is no dense tensor")
+        require(entry.dtype.is_floating_point, f"{name} is {entry.dtype}, expected a float type")
     return {name: tuple(entry.shape) for name, entry in state.items()}
 
 

@@ -60,15 +60,16 @@ def check_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: Any) -> N
 
 @final
 class WeightWatch:
-    """Remembers the trained weights of a model and says whether they have moved.
+    """Remembers a model as it is: its trained weights must move, and the buffers saved beside them must not.
 
     Args:
-      model: of which parameters that require gradients are copied.
+      model: of which parameters that require gradients, and buffers that are saved, are copied.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._now = trained_parameters(model)
+        self._model, self._now = model, trained_parameters(model)
         self._then = {name: p.detach().clone() for name, p in self._now.items()}
+        self._beside = {name: b.detach().cpu().clone() for name, b in _saved_buffers(model).items()}
 
     @property
     def unmoved(self) -> tuple[str, ...]:
@@ -76,20 +77,49 @@ class WeightWatch:
         return tuple(name for name, p in self._now.items() if torch.equal(p.detach(), self._then[name]))
 
     def check(self, noisy: bool) -> None:
-        """Refuses weights that stand still.
+        """Refuses weights that stand still, and buffers that do not.
 
         Args:
           noisy: whether every gradient had noise: then every parameter must have moved; else at least one.
 
         Raises:
-          PrivacyBroken: they have not.
+          PrivacyBroken: they have not, or `check_buffers` raises.
         """
+        self.check_buffers()
         still = self.unmoved
         if still and (noisy or len(still) == len(self._now)):
             raise PrivacyBroken(
                 f"after private steps {listed(still)} of {len(self._now)} trained parameters are what they were: the "
                 "optimizer does not see the private gradients, its learning rate is 0, or steps are lost in rounding"
             )
+
+    def check_buffers(self) -> None:
+        """Refuses what a model keeps of its examples outside of its weights: statistics, counts, codebooks.
+
+        Raises:
+          PrivacyBroken: a buffer that is saved with the weights is not what it was.
+        """
+        now = _saved_buffers(self._model)
+        changed = [
+            name
+            for name in sorted(now.keys() | self._beside.keys())
+            if name not in now or name not in self._beside or not torch.equal(now[name].cpu(), self._beside[name])
+        ]
+        if changed:
+            raise PrivacyBroken(
+                f"{listed(changed)}: buffers that changed while the model was trained, are saved with it, and have no "
+                "noise; keep no statistics of private examples (eval mode, track_running_stats=False, persistent=False)"
+            )
+
+
+def _saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a state dict holds, by name."""
+    return {
+        f"{place}.{name}" if place else name: buffer
+        for place, part in model.named_modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    }
 
 
 def check_saved(model: nn.Module, folder: Path) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import index
-from typing import final
+from typing import Final, final
 
 import torch
 from torch import Tensor
 
 from privfm.adapters import AdapterLayout
-from privfm.checks import CohortTooSmall, InvalidArgument, RoundFailed, at_least, require
+from privfm.checks import CohortTooSmall, InvalidArgument, at_least, require
 from privfm.contracts import ROOT, Outcome, Rule, State, View
 from privfm.contracts.inputs import NamedView
 from privfm.defenses.adapter_aggregation import next_adapters
@@ -24,11 +24,16 @@ from privfm.defenses.geometry import ProductView
 from privfm.defenses.mean import Mean
 from privfm.defenses.privacy import DPPlan, EpsilonRecord
 from privfm.defenses.views import SumView
-from privfm.federation.arm import Arm
-from privfm.federation.population import drawn_in_secret, eligible, no_participations
-from privfm.plugins.central_plans import clipped_sum, refuse_plan
-from privfm.plugins.changes import Changes, Client, GlobalModel, Named
+from privfm.federation.population import eligible, no_participations
+from privfm.plugins.central_plans import clipped_sum, drawn
+from privfm.plugins.changes import Changes, Client, GlobalModel, Named, listed
+from privfm.plugins.refusals import require_central, require_paid, require_seed
 from privfm.randomness import Seeds
+
+_ELSEWHERE: Final = (
+    "clients that add their own do so while they train, and their models are then averaged as any; the other places "
+    "need a protocol: privfm run"
+)
 
 
 @final
@@ -91,7 +96,7 @@ class StateDictServer:
       rule: any rule, with anything inside it; None: the mean. A plan takes the mean's place.
       plan: differential privacy.
       population: number of clients, public; with a plan.
-      seed: of what random rules, seeded noise and `draw` use; every round draws anew.
+      seed: of what random rules, seeded noise and `draw` use; every round draws anew. Seeded noise wants one given.
       exclude: entries that stay as they are in the global model.
       scaling: compare LoRA adapters by the changes they make to the weights: alpha / rank, one for all or by module.
         The next adapter is the best one of the same rank (`next_adapters`, `flexlora`).
@@ -112,10 +117,11 @@ class StateDictServer:
         *,
         plan: DPPlan | None = None,
         population: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         exclude: Collection[str] = (),
         scaling: float | Mapping[str, float] | None = None,
     ) -> None:
+        seed = require_seed(plan, seed)
         at_least("seed", seed, 0)
         self.rule, self.plan, self.population = Mean() if rule is None else rule, plan, population
         self.seed, self.exclude, self.scaling = seed, tuple(exclude), scaling
@@ -124,7 +130,8 @@ class StateDictServer:
         self._drawn: tuple[int, ...] | None = None  # the cohort of this round, once it is drawn
         require((plan is None) == (population is None), f"plan={plan} and population={population}: give both or none")
         if plan is not None and population is not None:
-            refuse_plan(plan, population, self.rule, scaling)
+            require_central(plan, population, self.rule, _ELSEWHERE)
+            require(scaling is None, "scaling: a plan's clip bounds factors, not their products; leave it out with one")
             self._joined = no_participations(population)
 
     def __call__(
@@ -175,7 +182,9 @@ class StateDictServer:
         try:
             memory, outcome = self.rule.aggregate(memory, view, generator)
         except CohortTooSmall as error:
-            raise CohortTooSmall(f"{error}{_listed(left_out | _unheld(names, view, left_out))}") from error
+            left_out |= _unheld(names, view, left_out)
+            reasons = [f"client {client} {reason}" for client, reason in left_out.items()]
+            raise CohortTooSmall(f"{error}{listed(reasons)}") from error
         state, dropped = self._moved(base, view, outcome)
         left_out |= _unheld(names, view, left_out)
         self.round, self._d, self._memory = self.round + 1, view.d, memory
@@ -194,10 +203,8 @@ class StateDictServer:
         plan, population = self._planned()
         if self._drawn is not None:
             return self._drawn
-        if plan.budget is not None and plan.epsilon(self.round + 1) > plan.budget:
-            spent = f"{plan.epsilon(self.round):.3g} of budget={plan.budget:g}"
-            raise RoundFailed(f"round {self.round} would cost more than there is: epsilon is {spent}; training ends")
-        self._drawn = self._eligible(plan, self._sampled(plan, population))[0]
+        require_paid(plan, self.round)
+        self._drawn = self._eligible(plan, drawn(plan, population, Seeds(self.seed), self.round))[0]
         return self._drawn
 
     def records(self) -> tuple[EpsilonRecord, ...]:
@@ -275,21 +282,15 @@ class StateDictServer:
             raise InvalidArgument("plan=None: nothing is drawn or accounted for; make the server with a DPPlan")
         return self.plan, self.population
 
-    def _sampled(self, plan: DPPlan, population: int) -> tuple[int, ...]:
-        sampling = Arm(plan=plan).sampling
-        if plan.source == "secure":
-            return drawn_in_secret(sampling, population, self.round)
-        return sampling.draw(population, Seeds(self.seed).generator("cohort", self.round), self.round)
-
-    def _eligible(self, plan: DPPlan, drawn: Sequence[int]) -> tuple[tuple[int, ...], State]:
+    def _eligible(self, plan: DPPlan, asked: Sequence[int]) -> tuple[tuple[int, ...], State]:
         if not plan.bounds_participation:
-            return tuple(drawn), self._joined
-        return eligible(drawn, self._joined, self.round, plan.max_participations, plan.bands)
+            return tuple(asked), self._joined
+        return eligible(asked, self._joined, self.round, plan.max_participations, plan.bands)
 
     def _released(self, plan: DPPlan, base: GlobalModel, changes: Changes, left_out: dict[int, str]) -> LoopResult:
         """The round under a plan: the noisy sum of the clipped changes."""
-        drawn, population = self.draw(), self._planned()[1]
-        foreign = sorted({*changes.given, *left_out} - set(drawn))
+        asked, population = self.draw(), self._planned()[1]
+        foreign = sorted({*changes.given, *left_out} - set(asked))
         require(
             not foreign,
             f"clients {foreign} were not drawn for round {self.round}, and epsilon counts on who was; train those of "
@@ -301,7 +302,7 @@ class StateDictServer:
         rule = plan.release(plan.max_grad_norm, population)
         _, outcome = rule.aggregate({}, view, Seeds(self.seed).generator("noise", self.round))
         state = base.plus(outcome.vector)
-        joined = self._eligible(plan, drawn)[1]  # whoever was asked, answered or not
+        joined = self._eligible(plan, asked)[1]  # whoever was asked, answered or not
         self.round, self._d, self._joined, self._drawn = self.round + 1, base.layout.d, joined, None
         return LoopResult.of(base, state, view, outcome, left_out)
 
@@ -363,9 +364,3 @@ def _unheld(names: Sequence[int], view: View, left_out: Mapping[int, str]) -> di
     """Clients that could be read and whose changes float32 cannot hold."""
     gone = sorted(set(names) - set(view.ids) - left_out.keys())
     return dict.fromkeys(gone, "holds values that are not finite")
-
-
-def _listed(left_out: Mapping[int, str]) -> str:
-    """The first reasons, for an error."""
-    first = [f"client {client} {reason}" for client, reason in list(left_out.items())[:3]]
-    return f". Left out: {'; '.join(first)}{' ...' if len(left_out) > len(first) else ''}" if first else ""

@@ -310,7 +310,7 @@ def _limits(config: Mapping[str, Any], summary: Mapping[str, Any]) -> Iterator[s
     lines = [
         "One training from one seed: its numbers have no spread; compare runs of several seeds.",
         "Clients were simulated on one host from one data set, unless the engine says otherwise: "
-        f"engine {_plain(config.get('engine', 'local'))}.",
+        f"engine {_plain(summary.get('engine') or config.get('engine', 'local'))}.",
         "Privacy attacks that were not played may succeed; an epsilon bounds them, its absence does not.",
     ]
     if config["plan"] is not None and config["plan"].get("unit") == "example":
@@ -335,8 +335,9 @@ def _epsilon(value: float | None) -> str:
 
 
 def _released(config: Mapping[str, Any]) -> bool:
+    """Whether the plan takes the rule's place; clients that add their own noise leave it there."""
     plan = config["plan"]
-    return plan is not None and plan["unit"] == "client"
+    return plan is not None and plan["unit"] == "client" and plan.get("place") != "local"
 
 
 def _class(config: Mapping[str, Any], key: str) -> str:

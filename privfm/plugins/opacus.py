@@ -66,6 +66,7 @@ def epsilon_record(engine: PrivacyEngine, optimizer: DPOptimizer, loader: Any, d
     | a loader without Poisson sampling                             | refused: the history's rate is not what was    |
     | another rate than the history's (gradients accumulated, too)  | done                                           |
     | adaptive clipping, or an optimizer of another class           | refused: its other release is not read here    |
+    | an optimizer whose steps another engine counts, or none       | refused: epsilon would be 0                    |
     | no step yet                                                   | epsilon 0                                      |
 
     Opacus's own `get_epsilon` bounds the same for data sets with one example more or less; here the sampling rate and
@@ -90,6 +91,11 @@ def epsilon_record(engine: PrivacyEngine, optimizer: DPOptimizer, loader: Any, d
     require(
         type(optimizer) in {DPOptimizer, DPPerLayerOptimizer},
         f"optimizer is a {type(optimizer).__name__}: expected clipping='flat' or 'per_layer'",
+    )
+    require(
+        _counts(engine, optimizer),
+        "engine does not count this optimizer's steps: its accountant knows nothing of them, or of other ones; give "
+        "the engine whose make_private returned the optimizer",
     )
     examples = len(loader.dataset)
     require(
@@ -136,6 +142,12 @@ def _composed(history: History, delta: float) -> tuple[float, str, str]:
     whole = dp_event.ComposedDpEvent([event(mechanism, steps) for mechanism, steps in parts])
     rdp = RdpAccountant(orders=list(RDP_ORDERS), neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
     return float(rdp.compose(whole).get_epsilon(delta)), "RDP, orders 2 to 256, dp-accounting", str(whole)
+
+
+def _counts(engine: PrivacyEngine, optimizer: DPOptimizer) -> bool:
+    """Whether what the optimizer calls at every step belongs to the engine's accountant."""
+    hook: Any = getattr(optimizer, "step_hook", None)
+    return any(cell.cell_contents is engine.accountant for cell in getattr(hook, "__closure__", None) or ())
 
 
 def _noise(engine: PrivacyEngine, optimizer: DPOptimizer) -> str:

@@ -52,19 +52,21 @@ Collate = Callable[[list[Any]], Any]
 class PrivateSteps:
     """Steps of a user's own optimizer on clipped, noised gradients of a Poisson sample.
 
-    Formal guarantee: that of `ExamplePrivacy`, for what leaves through the weights and the optimizer's state. Losses on
-    training examples, their gradients and the sizes of batches are not covered: neither print nor send them.
+    Formal guarantee: that of `ExamplePrivacy`, for what leaves through the weights and the optimizer's state, if the
+    batches given are those drawn: only their lengths are compared. Losses on training examples, their gradients and the
+    sizes of batches are not covered: neither print nor send them.
 
     | case                                              | what happens                                                |
     |---------------------------------------------------|-------------------------------------------------------------|
     | a batch is empty                                  | a step of noise alone, as accounted                         |
-    | a batch that the plan has not drawn               | `PrivacyBroken`: a shuffled loader is no Poisson sample     |
+    | no batch was drawn, or one of another length      | `PrivacyBroken`: a shuffled loader is no Poisson sample     |
     | a gradient that is not finite                     | counts as zero                                              |
     | an example makes the model raise                  | the error ends training; leave such examples out before     |
     | BatchNorm, or another layer that mixes examples   | refused, before every step too; use GroupNorm               |
     | a parameter that no loss depends on               | `PrivacyBroken`; freeze it                                  |
     | the optimizer holds other parameters              | refused, before every step too                              |
     | steps were made and a weight is where it was      | `record` raises `PrivacyBroken`                             |
+    | a buffer that is saved has changed (statistics)   | `record` raises `PrivacyBroken`                             |
 
     Args:
       model: what is trained are its parameters that require gradients.
@@ -78,7 +80,7 @@ class PrivateSteps:
       at_once: examples whose gradients are in memory together, `(at_once, d)` float32; None: the whole batch. This, and
         not gradient accumulation, is how a large batch fits.
 
-    Cost: that of `per_example_gradients`; one copy of the trained values, to see that they move.
+    Cost: that of `per_example_gradients`; one copy of the trained values, to see that they move, and of buffers.
 
     Raises:
       InvalidArgument: the plan is not for examples, delta is too large, a seed is missing or too much, or model and
@@ -114,6 +116,7 @@ class PrivateSteps:
         self._watch = WeightWatch(model)
         self._drawn: deque[int] = deque()
         self._only_loop: bool | None = None
+        self._alone_in: set[tuple[bool, ...]] = set()  # modes of the model's parts in which no example saw another
 
     # Batches
 
@@ -128,7 +131,7 @@ class PrivateSteps:
         """
         steps = self.plan.local_sampling.steps(self.examples) if steps is None else steps
         at_least("steps", steps, 1)
-        self._afford(steps)
+        self.afford(steps)
         drawn = list(self._privacy(steps).batches(self.examples, self._generator))
         self._drawn.clear()  # of an earlier loop that ended before its last batch
         for places in drawn:
@@ -236,11 +239,20 @@ class PrivateSteps:
 
         Raises:
           PrivacyBroken: steps were taken and the weights do not show it: none moved, or under noise not all did (frozen
-            by another optimizer, replaced after the optimizer was made, a learning rate of zero).
+            by another optimizer, replaced after the optimizer was made, a learning rate of zero); or see
+            `check_buffers`.
         """
         if self.steps:
             self._watch.check(noisy=self.plan.local_sampling.noise(self.examples, self.plan.noise_multiplier) > 0)
         return self.so_far()
+
+    def check_buffers(self) -> None:
+        """Refuses a model that keeps something of its examples beside its weights; see `WeightWatch.check_buffers`.
+
+        Raises:
+          PrivacyBroken: it does.
+        """
+        self._watch.check_buffers()
 
     def _record(self, steps: int) -> EpsilonRecord:
         if steps == 0:
@@ -250,7 +262,12 @@ class PrivateSteps:
             found = replace(self.plan, local=local).records(1, [self.examples])[0]
         return replace(found, median=None, clients=None)  # one client speaks for itself
 
-    def _afford(self, steps: int) -> None:
+    def afford(self, steps: int) -> None:
+        """Refuses so many more steps where the plan's budget does not pay for them.
+
+        Raises:
+          InvalidArgument: it does not.
+        """
         budget = self.plan.budget
         if budget is None:
             return
@@ -310,20 +327,27 @@ class PrivateSteps:
         return losses
 
     def _check_alone(self, examples: Examples, losses: Callable[[Examples], Tensor]) -> None:
-        """Once, on the first batch of two: whether examples see each other, and which way to gradients is open."""
-        if self._only_loop is not None or len(examples) < 2:
+        """On the first batch of two: whether examples see each other, and which way to gradients is open.
+
+        A layer may mix examples in training alone, as normalisation over a batch does: asked in evaluation, and once in
+        every other mode that the model is in.
+        """
+        mode = tuple(part.training for part in self.model.modules())
+        if mode in self._alone_in or len(examples) < 2:
             return
         few = examples.take(torch.arange(2))
         parameters = list(self._parameters.values())
         rough = parameters[0].device.type != "cpu" or any(torch.finfo(p.dtype).bits < 32 for p in parameters)
+        share = ALONE_ROUGHLY if rough else ALONE
         with without_dropout(self.model):
-            mixed = mixes_examples(losses, few, ALONE_ROUGHLY if rough else ALONE)
-        if mixed:
+            mixed = mixes_examples(losses, few, share)
+        if mixed or mixes_in_training(losses, few, share):
             raise PrivacyBroken(
                 f"an example's loss in {type(self.model).__name__} depends on the others of its batch: no gradient is "
                 "its own, so that no clip bounds it"
             )
         self._only_loop = way_for(self.model, self._parameters, losses, few, self._layout) == "loop"
+        self._alone_in.add(mode)
 
 
 @final
@@ -416,6 +440,27 @@ def rebuilt(batch: Any, named: Mapping[str, Tensor]) -> Any:
     if isinstance(batch, Mapping):
         return dict(named)
     return tuple(named.values()) if isinstance(batch, tuple) else list(named.values())
+
+
+def mixes_in_training(losses: Callable[[Examples], Tensor], examples: Examples, share: float) -> bool:
+    """Whether the loss of an example depends on who stands beside it, in the mode that the model is in.
+
+    Each of two examples beside the other, and beside itself, from one state of the global generator: batches of one
+    shape draw the same dropout.
+
+    Args:
+      losses: of examples, `(b,)`.
+      examples: two.
+      share: by how much a loss may differ, for roundings.
+    """
+
+    def of(places: list[int]) -> Tensor:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            return losses(examples.take(torch.tensor(places)))
+
+    beside_the_other, beside_itself = of([0, 1]), torch.stack([of([0, 0])[0], of([1, 1])[1]])
+    return not torch.allclose(beside_the_other, beside_itself, rtol=share, atol=share, equal_nan=True)
 
 
 @contextmanager

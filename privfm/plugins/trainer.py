@@ -73,7 +73,7 @@ class PrivateTrainer(Trainer):
     |----------------------------------------------|------------------------------------------------------------------|
     | an option in `OPTIONS` with another value    | refused, all of them in one message                              |
     | `per_device_train_batch_size`                | must be the plan's `batch_size`: the expected one                |
-    | more steps than the plan has                 | refused before the first; fewer cost less, and the record says so|
+    | more steps than the plan or its budget has   | refused before the first; fewer cost less, and the record says so|
     | a data set without a length, `model_init`    | refused                                                          |
     | `resume_from_checkpoint`                     | refused: its noise would be drawn again                          |
     | training loss, tokens seen, flops            | not computed, not logged: not covered (`train_loss` is NaN)      |
@@ -108,6 +108,10 @@ class PrivateTrainer(Trainer):
         super().__init__(*positional, **options)
         refuse(_problems(self, plan))
         check_plan(plan, self._examples(), privacy_seed)
+        require(
+            privacy_seed is None or privacy_seed != self.args.seed,
+            f"privacy_seed={privacy_seed} is args.seed, which every checkpoint holds: its reader takes the noise off",
+        )
         self.plan = plan
         self._seed, self._at_once, self._steps_before = privacy_seed, at_once, steps_before
         self._losses = trainer_losses(self) if losses is None else losses
@@ -216,10 +220,12 @@ class PrivateTrainer(Trainer):
 
         Raises:
           BrokenCheckpoint: the trained values are not in the files.
+          PrivacyBroken: what was saved holds buffers that no noise covers.
         """
         super().save_model(output_dir, *positional, **named)
         folder = Path(output_dir or self.args.output_dir or os.curdir)
         if self._private is not None and self.args.should_save:
+            self._private.check_buffers()
             check_saved(self._private.model, folder)
             statement = asdict(self._private.so_far())
             finite = isfinite(statement["epsilon"])
@@ -258,7 +264,7 @@ class _EpochBatches(Sampler[list[int]]):
 
 @final
 class _Epochs(TrainerCallback):
-    """Looks at the number of steps before the first, and logs epsilon after every epoch."""
+    """Looks at the number of steps before the first, and at what they cost; logs epsilon after every epoch."""
 
     def __init__(self, trainer: PrivateTrainer) -> None:
         self._trainer = trainer
@@ -266,7 +272,7 @@ class _Epochs(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Refuses more steps than the plan has."""
+        """Refuses more steps than the plan has, or than its budget pays for."""
         private = self._trainer.private
         planned = private.plan.local_sampling.steps(private.examples)
         require(
@@ -274,6 +280,7 @@ class _Epochs(TrainerCallback):
             f"{state.max_steps} steps are asked for (max_steps, num_train_epochs), the plan has {planned} a round; "
             "lower them, or give the plan's LocalSampling more and calibrate its noise again",
         )
+        private.afford(state.max_steps)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -42,7 +42,8 @@ def _noise(experiment: Experiment) -> str:
     ]
     if plain is None or not reached:
         return ""
-    return f"Federated training without noise reached {_utility(plain)}; with a guarantee {_listed(list(dict.fromkeys(reached)))}."
+    once = list(dict.fromkeys(reached))  # arms that differ in who carries the messages reach the same
+    return f"Federated training without noise reached {_utility(plain)}; with a guarantee {_listed(once)}."
 
 
 def _best_methods(unit: str, lines: Sequence[NoiseLine]) -> str:

@@ -2,18 +2,27 @@
 
 import json
 import stat
+import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from flwr.app import Context, RecordDict
 
-from privfm.cli import main
-from privfm.cli.flower_entry import spec_of
+from privfm.checks import InvalidArgument
+from privfm.cli import flower_entry, main
+from privfm.cli.flower_entry import answer, server_app, spec_of
 from privfm.cli.run import recorded_config, request
 from privfm.contracts import KEY_HOLDER, SERVER
-from privfm.engines.flower.app import MODULE, Place
-from privfm.engines.flower.identities import PUBLIC, Pinned, read_secrets
+from privfm.defenses import DPPlan, IntegerNoise
+from privfm.defenses.channels.identity_files import Pinned, read_secrets
+from privfm.engines.flower.app import MODULE, PUBLIC, Place
+from privfm.engines.flower.messages import Greeting
+from privfm.engines.flower.wire import packed, unpacked
 from privfm.experiment.config import resolved
 
 CKKS = ("--rule", "Mean", "--attack", "null", "--malicious_share", "0", "--channel", "CKKS", "--channel.bound", "4",
@@ -47,7 +56,8 @@ def test_an_app_holds_the_run_and_nothing_secret(app: Path, example: str, capsys
 
 def test_a_recorded_configuration_is_read_as_it_was(example: str) -> None:
     asked = request(
-        "run", [example, *CKKS, "--transforms", '[{"class_path":"ClientMomentum","init_args":{"beta":0.5}}]']
+        "run",
+        [example, *CKKS, "--transforms", '[{"class_path":"privfm.defenses.ClientMomentum","init_args":{"beta":0.5}}]'],
     )
     assert recorded_config(json.loads(json.dumps(resolved(asked.config)))) == asked.config
 
@@ -123,3 +133,131 @@ def test_what_hosts_cannot_play_is_refused_before_anything_starts(
     weighted = (example, "--weighting", "examples", "--rule", "Mean", "--engine", "flower", "--flower.clients", "6")
     assert main(["check", *weighted]) == 1
     assert "hosts do not tell" in capsys.readouterr().out
+
+
+def test_an_app_plays_on_real_hosts_and_says_so(app: Path, example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["flower-app", "other", example, "--out", "/srv/first", "--flower.mode", "simulation"]) == 0
+    assert Place.read(Path("other")).out == "/srv/first/seed-0"
+    assert {spec_of(Path(name, MODULE)).config.flower.mode for name in ("app", "other")} == {"deployment"}
+
+
+def test_folders_that_cannot_be_written_are_refused(app: Path, example: str, refused: Callable[..., str]) -> None:
+    Path("file").touch()
+    assert "file/app cannot be written" in refused("flower-app", "file/app", example)
+    assert "file cannot be written" in refused("flower-app", "file", example)
+    assert "nowhere/host.json cannot be written" in refused("flower-identity", "app", "0", "--out", "nowhere/host.json")
+
+
+def test_noise_that_every_host_could_draw_again_is_refused(
+    example: str, private_words: list[str], tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    """An app tells the seed to everybody; `privfm run`, which is a simulation, may have seeded noise."""
+    words = [*private_words[2:-2]]  # without `run CONFIG` and the workers
+    assert "--plan.source secure" in refused("flower-app", str(tmp_path / "app"), example, *words)
+    assert not (tmp_path / "app").exists()
+    for good in (["--plan.source", "secure"], ["--plan.noise_multiplier", "0"]):
+        assert main(["flower-app", str(tmp_path / good[-1]), example, *words, *good]) == 0
+
+
+def test_files_are_named_as_seen_from_the_folder_of_the_user(
+    app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower's processes run in a folder of their own; a real host has no such folder of the user's."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    package = app / MODULE
+    monkeypatch.chdir(elsewhere)
+    spec_of(package)
+    assert Path.cwd() == elsewhere
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    record = json.loads((package / "run.json").read_text())
+    (package / "run.json").write_text(json.dumps(record | {"folder": str(tmp_path)}))
+    spec_of(package)
+    assert Path.cwd() == tmp_path and sys.path[-1] == str(tmp_path)
+
+
+def greeted(app: Path, run: dict[str, Any], **node: Any) -> str:
+    """What a host whose file of secrets is not there tells the server."""
+    told = {"partition-id": 0, "num-partitions": 3, **node}
+    order = {"what": "greet", "folder": str(app / MODULE), "node": told, "run": Place.read(app).config() | run}
+    _, parts = unpacked(answer(packed(order, {"content": b"", "memory": b""})))
+    return Greeting.from_bytes(parts["content"]).problem
+
+
+def test_no_server_makes_a_host_with_secrets_of_its_own_talk(app: Path) -> None:
+    """`flwr run --run-config` sets what it likes; an exception's text may hold what is in a host's files."""
+    flower_entry._host.cache_clear()
+    loopback = {"loopback": str(app.parent / "there")}
+    assert str(app.parent) in greeted(app, loopback)  # the control: this machine is the only host
+    for run, node in (({}, {}), ({}, {"secrets": "mine.json"}), (loopback, {"secrets": "mine.json"})):
+        assert greeted(app, run, **node) == "InvalidArgument; its log says why"
+
+
+def test_a_run_of_another_seed_needs_another_app(app: Path) -> None:
+    """Else a server had the rounds that a client pays for once more with every seed."""
+    flower_entry._host.cache_clear()
+    here = {"loopback": str(app.parent / "there")}
+    assert "there" in greeted(app, here | {"seed": 5})
+    assert greeted(app, here | {"seed": 6}).startswith("InvalidArgument: seed=6: this app plays seed 5")
+    grid: Any = None
+    with pytest.raises(InvalidArgument, match="this app plays seed 5"):
+        server_app(app / MODULE)(grid, Context(1, 1, {}, RecordDict(), Place.read(app).config() | {"seed": 6}))
+
+
+def test_a_worker_keeps_the_hosts_of_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(flower_entry, "Host", lambda *arguments: made.append(arguments) or len(made))
+    flower_entry._host.cache_clear()
+    flower_entry._forget_other_runs.cache_clear()
+    run, other = (tuple(sorted(Place("out", seed).config().items())) for seed in (0, 1))
+    hosts = [(("partition-id", number),) for number in range(3)]
+    assert [flower_entry._host("app", run, host) for host in hosts * 2] == [1, 2, 3, 1, 2, 3]
+    assert flower_entry._host("app", other, hosts[0]) == 4
+    assert flower_entry._host.cache_info().currsize == 1
+    assert flower_entry._host("app", other, hosts[0]) == 4
+    flower_entry._host.cache_clear()
+
+
+LOCAL = DPPlan(1.0, 1.0, 1.0, 1e-5, place="local", sampling="full", source="secure")
+
+
+@pytest.mark.parametrize(
+    ("plan", "paid"),
+    [
+        (None, None),
+        (DPPlan(1.0, 1.0, 0.5, 1e-5, source="secure"), None),  # the server adds the noise
+        (replace(LOCAL, source="seeded"), None),  # a round again gives the same bits, and a resumed run needs it
+        (LOCAL, 10),
+        (replace(LOCAL, sample_rate=0.5, sampling="poisson", max_participations=3), 3),
+        (replace(LOCAL, place="distributed", integers=IntegerNoise(least_answers=3, clients=40)), 10),
+    ],
+    ids=["no plan", "central", "seeded", "all rounds", "some rounds", "distributed"],
+)
+def test_a_client_trains_as_often_as_its_epsilon_says(plan: DPPlan | None, paid: int | None, example: str) -> None:
+    config = replace(request("run", [example]).config, plan=plan)
+    federation: Any = SimpleNamespace(learner=SimpleNamespace(d=8), arm=SimpleNamespace(plan=plan), clients=None)
+    assert config.rounds == 10
+    assert flower_entry._paid_rounds(federation, config) == paid
+
+
+def test_a_host_counts_where_no_server_can_make_it_start_anew(app: Path) -> None:
+    place, package = Place("out", loopback="there"), app / MODULE
+    here = {"partition-id": 1}
+    own = here | {"secrets": "mine.json"}
+    assert flower_entry._store_folder(package, place, here, counts=True) == Path("out/hosts/1")
+    assert flower_entry._store_folder(package, place, own, counts=False) == Path("out/hosts/1")
+    for lying in (place, Place("out")):
+        with pytest.raises(InvalidArgument, match="a folder that the server does not name"):
+            flower_entry._store_folder(package, lying, own, counts=True)
+        stored = flower_entry._store_folder(package, lying, own | {"store": "kept"}, counts=True)
+        assert stored.parent == Path("kept")
+
+
+def test_a_record_does_not_hold_the_token_of_flower(app: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+    monkeypatch.setattr(flower_entry, "play_run", lambda *arguments: commands.append(sys.argv))
+    monkeypatch.setattr(sys, "argv", ["flwr-serverapp", "--token", "secret"])
+    grid: Any = None
+    server_app(app / MODULE)(grid, Context(1, 1, {}, RecordDict(), Place.read(app).config()))
+    assert commands == [["flwr-serverapp"]]
+    assert sys.argv == ["flwr-serverapp", "--token", "secret"]

@@ -346,7 +346,7 @@ REFUSALS: dict[str, tuple[Callable[[bytes], bytes], type[Exception], str]] = {
     "hosts nobody": (lambda reply: Greeting(()).to_bytes(), InvalidArgument, r"parties \[0, 1, 3, 4, 6\] on none"),
     "unavailable": (_raises(5), InvalidArgument, "after start_seconds=0.2 1 host"),
     "raises": (_raises(2), InvalidArgument, "failed before it took part"),
-    "hosted twice": (lambda reply: Greeting((2, 3)).to_bytes(), InvalidArgument, r"parties \[2\] are hosted twice"),
+    "claims others": (lambda reply: Greeting((2, 3)).to_bytes(), Corrupt, "not by the pinned identity"),
     "has a problem": (lambda reply: Greeting((), "no data").to_bytes(), InvalidArgument, "cannot take part: no data"),
     "nonsense": (lambda reply: b"nonsense", Corrupt, "a greeting that is none"),
 }  # fmt: skip
@@ -362,6 +362,35 @@ def test_a_run_does_not_start_without_everybody(
         engine.meet(range(12))
 
 
+def test_nobody_is_hosted_twice(cluster: Make) -> None:
+    there = cluster(2)
+    there.grid.join(999, there.app, there.grid.configs[there.node(0)])
+    fresh = Flower(there.grid, there.engine.server, FlowerSettings(start_seconds=0.2))
+    with pytest.raises(InvalidArgument, match="are hosted twice; give every SuperNode its own partition-id"):
+        fresh.meet(range(12))
+
+
+def test_a_greeting_of_before_proves_nothing(cluster: Make, played: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """A node that has heard another's greeting repeats it, and would get everything that is meant for the other."""
+    there = cluster(2)
+    heard: list[bytes] = []
+    there.grid.meddle = lambda node, kind, request, reply: (heard.append(reply) if kind == "query" else None, reply)[1]
+    Flower(there.grid, there.engine.server, FlowerSettings(start_seconds=0.2)).meet(range(12))
+    there.grid.meddle = lambda node, kind, request, reply: heard[0] if (node, kind) == (999, "query") else reply
+    there.grid.join(999, there.app, there.grid.configs[there.node(0)])
+    played(there.federation, until=1)
+    assert "not by the pinned identity" in capsys.readouterr().err
+    assert 999 not in there.engine.hosts and 999 not in {node for node, kind, _ in there.grid.asked if kind == "train"}
+
+
+def test_a_silent_newcomer_delays_one_round(cluster: Make, played: Make) -> None:
+    there = cluster(2, settings=FlowerSettings(start_seconds=0.3, stage_seconds=60.0))
+    there.grid.meddle = lambda node, kind, request, reply: None if node == 999 else reply
+    there.grid.join(999, there.app, {"partition-id": 0, "num-partitions": 2})
+    played(there.federation, until=3)
+    assert [node for node, _, _ in there.grid.asked].count(999) == 1
+
+
 def test_hosts_may_come_one_after_the_other(cluster: Make) -> None:
     there = cluster(3)
     late = there.node(2)
@@ -372,18 +401,17 @@ def test_hosts_may_come_one_after_the_other(cluster: Make) -> None:
     assert sorted(party for own in fresh.hosts.values() for party in own) == list(range(12))
 
 
-@pytest.mark.parametrize("how", ["raises", "hosted twice", "has a problem", "nonsense"])
+@pytest.mark.parametrize("how", ["raises", "moved", "claims others", "has a problem", "nonsense"])
 def test_who_joins_later_and_cannot_take_part_ends_nothing(
     how: str, cluster: Make, local: Make, played: Make, sha: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = cluster(2)
     there.back(0, 555)
-    answer = REFUSALS[how][0]
-    there.grid.meddle = lambda at, kind, request, reply: answer(reply) if (at, kind) == (555, "query") else reply
-    if how == "hosted twice":  # it moved: what a node says later wins
-        there.grid.meddle = lambda at, kind, request, reply: reply
+    if how != "moved":  # then what a node says later wins
+        answer = REFUSALS[how][0]
+        there.grid.meddle = lambda at, kind, request, reply: answer(reply) if (at, kind) == (555, "query") else reply
     assert sha(played(there.federation, 2)) == sha(played(local(), 2))
-    assert (how == "hosted twice") == (555 in there.engine.hosts) == (capsys.readouterr().err == "")
+    assert (how == "moved") == (555 in there.engine.hosts) == (capsys.readouterr().err == "")
 
 
 # A client that fails
@@ -453,7 +481,7 @@ EXAMPLE = (
     "docs/example.toml --partition.clients 6 --cohort.size 4 --rounds 2 --clients_per_batch 1 "
     "--training.schedule.epochs 1 --rule.f 1 --malicious_share 0.34"
 )
-MOMENTUM = '[{"class_path": "ClientMomentum", "init_args": {"beta": 0.9}}]'
+MOMENTUM = '[{"class_path": "privfm.defenses.ClientMomentum", "init_args": {"beta": 0.9}}]'
 
 
 def _example() -> ArmSpec:
@@ -486,11 +514,13 @@ def test_a_configuration_gives_the_same_files_on_both_engines(session: list[InPr
     assert [path.name for path in models[0]] == [path.name for path in models[1]] and models[0]
     assert [path.read_bytes() for path in models[0]] == [path.read_bytes() for path in models[1]]
     rows = [RunFolder(tmp_path / name).rows() for name in ("local", "flower")]
-    knows = {"empirical_kappa", "update_norm_median", "seconds_training", "seconds_aggregation", "seconds_evaluation"}
+    knows = {"empirical_kappa", "update_norm_median", "failed"}
+    knows |= {"seconds_training", "seconds_aggregation", "seconds_evaluation"}
     assert [row.keys() for row in rows[0]] == [row.keys() for row in rows[1]]
     for one, other in zip(*rows, strict=True):
         assert {key for key in one if one[key] != other[key]} <= knows
         assert one["malicious"] > 0
+        assert (other["failed"], other["seconds_training"]) == (None, None)  # not nothing: nobody said
 
     # And what the server has on its disk, or was sent, is no secret
     (played,) = session

@@ -14,9 +14,9 @@ from privfm.checks import InvalidArgument
 from privfm.cli.flower_entry import _engine, _federation, _host
 from privfm.defenses import Mean
 from privfm.defenses.channels import Plaintext
+from privfm.defenses.channels.identity_files import make_secrets
 from privfm.engines.flower.app import MODULE, Place, write_app
 from privfm.engines.flower.client import client_app
-from privfm.engines.flower.identities import make_secrets
 from privfm.engines.flower.node import hosted_here
 from privfm.engines.flower.settings import FlowerSettings
 from privfm.experiment import ArmSpec, RunConfig, arm_of

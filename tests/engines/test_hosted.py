@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,6 +1,8 @@
-"""State dicts of a small model with what real ones hold: several shapes, a half-precision entry, a counter."""
+"""State dicts of a small model with what real ones hold, and how a Hugging Face trainer runs in a test."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ State = dict[str, Tensor]
 
 @pytest.fixture
 def model() -> State:
+    """Several shapes, a half-precision entry, a counter."""
     generator = Generator().manual_seed(1)
     return {
         "layer.weight": torch.randn(3, 4, generator=generator),
@@ -36,5 +39,18 @@ def trained(model: State) -> Callable[..., list[State]]:
             }
             for client in range(n)
         ]
+
+    return make
+
+
+@pytest.fixture
+def quiet_arguments(tmp_path: Path) -> Callable[..., Any]:
+    """`quiet_arguments(**options)`: a trainer's arguments; on the CPU, reports to nobody, keeps nothing."""
+
+    def make(**options: Any) -> Any:
+        from transformers import TrainingArguments
+
+        quiet = {"output_dir": str(tmp_path / "out"), "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        return TrainingArguments(**{**quiet, "save_strategy": "no", **options})
 
     return make

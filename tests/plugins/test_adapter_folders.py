@@ -163,6 +163,12 @@ def spoiled(folder: Path, how: str) -> None:
         (folder / CONFIGURATION).unlink()
     elif how == "no JSON":
         (folder / CONFIGURATION).write_text("[1")
+    elif how == "brackets in brackets":
+        (folder / CONFIGURATION).write_text("[" * 200_000)
+    elif how == "an endless configuration":
+        change_config(folder, notes="x" * 2**20)
+    elif how == "an endless name":
+        change_config(folder, base_model_name_or_path="x" * 100_000)
     elif how == "no weights":
         (folder / WEIGHTS).unlink()
     elif how == "a pickle":
@@ -188,8 +194,10 @@ def spoiled(folder: Path, how: str) -> None:
 
 REASONS = {
     "another rank": "r=4, not 2", "another alpha": "lora_alpha=60, not 6", "other modules": "target_modules",
-    "another base": "elsewhere/model", "rank-stabilised": "use_rslora", "no LoRA": "type IA3",
+    "another base": "elsewhere/model", "rank-stabilised": "use_rslora", "no LoRA": "type 'IA3'",
     "no configuration": "no readable configuration", "no JSON": "no readable configuration",
+    "brackets in brackets": "no readable configuration", "an endless configuration": "longer than 1,048,576 bytes",
+    "an endless name": "base_model_name_or_path='xxx",
     "no weights": f"has no {WEIGHTS}", "a pickle": "a pickle, which is never opened: save it again as",
     "cut off": "cannot be read", "gone": f"has no {WEIGHTS}", "NaN": "not finite", "an entry is missing": "lacks",
     "a foreign entry": "adds backdoor", "another shape": "has shape",
@@ -204,6 +212,7 @@ def test_what_does_not_belong_is_left_out(cohort, how, product):
     result = aggregate_adapter_folders(received, clients, out, TrimmedMean(1), product=product)
     assert list(result.left_out) == [3]
     assert REASONS[how] in result.left_out[3]
+    assert len(result.left_out[3]) < 1000, "a client does not fill the log"
     others = [each for i, each in enumerate(clients) if i != 3]
     expected = aggregate_adapter_folders(received, others, out.with_name("others"), TrimmedMean(0), product=product)
     assert all(torch.equal(result.state[name], expected.state[name]) for name in expected.state), "f fell by one"

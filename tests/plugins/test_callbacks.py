@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -36,21 +37,16 @@ def texts(count: int, seed: int) -> list[dict[str, Tensor]]:
 
 
 @pytest.fixture
-def arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
+def arguments(quiet_arguments: Callable[..., TrainingArguments]) -> Callable[..., TrainingArguments]:
     def make(**changes: Any) -> TrainingArguments:
         options: dict[str, Any] = {
-            "output_dir": str(tmp_path / "out"),
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
             "dataloader_pin_memory": False,
-            "save_strategy": "no",
             "per_device_train_batch_size": 10,
             "per_device_eval_batch_size": 50,
             "num_train_epochs": 12,
             "learning_rate": 1e-2,
         }
-        return TrainingArguments(**{**options, **changes})
+        return quiet_arguments(**{**options, **changes})
 
     return make
 
@@ -156,6 +152,35 @@ def test_attacks_change_nothing(arguments: Arguments) -> None:
         found.append([p.detach().clone() for p in model.parameters()])
         assert all(part.training for part in model.modules()) and model.classifier.weight.grad is None
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_attacks_leave_every_global_generator_alone(arguments: Arguments) -> None:
+    """A collator may draw from Python's and NumPy's generators, too, of which training is then made."""
+
+    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        random.random()
+        np.random.rand()  # noqa: NPY002  # as old collators do
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    found = []
+    for attacked in (False, True):
+        args = arguments(num_train_epochs=1)
+        trainer = Trainer(bert(), args, train_dataset=texts(30, 1), data_collator=collate)
+        if attacked:
+            trainer.add_callback(MembershipCallback(trainer, texts(30, 1), texts(30, 2), every=1))
+        trainer.train()
+        found.append((random.random(), np.random.rand()))  # noqa: NPY002
+    assert found[0] == found[1]
+
+
+def test_candidates_that_would_be_dropped_or_mixed_are_refused(arguments: Arguments) -> None:
+    for option, value in (("dataloader_drop_last", True), ("dataloader_in_order", False)):
+        trainer = Trainer(bert(), arguments(**{option: value}), train_dataset=texts(30, 1))
+        trainer.add_callback(MembershipCallback(trainer, texts(60, 1), texts(60, 2)))
+        with pytest.raises(InvalidArgument, match=option):
+            trainer.train()
+        with pytest.raises(InvalidArgument, match=option):
+            ReconstructionCallback(trainer, texts(4, 1))
 
 
 def test_other_attacks_bring_their_own_score(arguments: Arguments) -> None:

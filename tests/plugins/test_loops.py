@@ -318,7 +318,7 @@ def test_wrong_arguments_are_refused(model, trained):
 
 def test_a_model_whose_type_cannot_hold_the_next_one_stands():
     plan, model = replace(PLAN, noise_multiplier=1e4, max_grad_norm=1e3), {"w": torch.ones(9, dtype=torch.float16)}
-    server = StateDictServer(plan=plan, population=10)
+    server = StateDictServer(seed=0, plan=plan, population=10)
     with pytest.raises(RoundFailed, match=r"not finite in w \(torch.float16\)"):
         server(model, [model])
     assert server.round == 0
@@ -381,7 +381,7 @@ def test_a_foreign_state_is_refused(model, trained):
     with pytest.raises(InvalidArgument, match="not a StateDictServer's"):
         StateDictServer(Mean()).load({**StateDictServer(Mean()).state, "optimizer/m": torch.ones(1)})
     with pytest.raises(InvalidArgument, match="another plan or population"):
-        StateDictServer(plan=PLAN, population=20).load(StateDictServer(plan=PLAN, population=30).state)
+        StateDictServer(seed=0, plan=PLAN, population=20).load(StateDictServer(seed=0, plan=PLAN, population=30).state)
 
 
 def test_another_model_than_before_is_refused(model, trained):
@@ -477,7 +477,7 @@ def test_read_only_strided_and_swapped_arrays():
 def test_without_noise_the_release_is_the_clipped_sum_over_the_fixed_denominator(model, trained):
     clients = trained(12, length=1.0)
     clients[4]["scale"] = torch.tensor(float("nan"))  # a zero row
-    result = StateDictServer(plan=PLAN, population=20)(model, clients)
+    result = StateDictServer(seed=0, plan=PLAN, population=20)(model, clients)
     rows = changes(model, clients)
     rows[4] = 0
     lengths = rows.norm(dim=1, keepdim=True).clamp(min=1.0)
@@ -490,7 +490,7 @@ def test_without_noise_the_release_is_the_clipped_sum_over_the_fixed_denominator
 def test_the_released_change_never_moves_further_than_the_clip_allows(model, trained):
     """Replaced by anything, one client moves the sum by at most 2 C, the release by 2 C / N; left out, by C / N."""
     clients = trained(12, length=1.0)
-    server = StateDictServer(plan=replace(PLAN, max_grad_norm=0.25), population=20)
+    server = StateDictServer(seed=0, plan=replace(PLAN, max_grad_norm=0.25), population=20)
     state = server.state
 
     def released(last: object) -> Tensor:
@@ -509,7 +509,7 @@ def test_noise_has_the_plans_deviation(source):
     """The deviation of 40,000 coordinates is known to 0.35 %; half and double of it are rejected."""
     plan = replace(PLAN, noise_multiplier=1.5, max_grad_norm=2.0, source=source)
     model = {"w": torch.zeros(40_000, dtype=torch.float64)}
-    server = StateDictServer(plan=plan, population=50)
+    server = StateDictServer(seed=0, plan=plan, population=50)
     first, second = server(model, [model]).state["w"], server(model, []).state["w"]
     for noise in (first, second):  # an empty round is noised as any
         assert float(noise.std()) == pytest.approx(1.5 * 2.0 / 50, rel=0.02)
@@ -549,17 +549,17 @@ def test_who_was_not_drawn_is_refused():
 
 def test_the_cohort_of_a_saved_server_is_the_same(tmp_path):
     plan = replace(PLAN, sampling="poisson", sample_rate=0.5, source="secure", noise_multiplier=1.0)
-    server, again = (StateDictServer(plan=plan, population=64) for _ in range(2))
+    server, again = (StateDictServer(seed=0, plan=plan, population=64) for _ in range(2))
     cohort = server.draw()
     save_file(server.state, tmp_path / "server.safetensors")
     again.load(load_file(tmp_path / "server.safetensors"))
     assert again.draw() == cohort
-    assert StateDictServer(plan=plan, population=64).draw() != cohort, "secret, and drawn anew"
+    assert StateDictServer(seed=0, plan=plan, population=64).draw() != cohort, "secret, and drawn anew"
 
 
 def test_nobody_joins_more_often_than_the_plan_says():
     plan = replace(PLAN, max_participations=2, noise_multiplier=1.0)
-    server, model = StateDictServer(plan=plan, population=12), {"w": torch.zeros(3)}
+    server, model = StateDictServer(seed=0, plan=plan, population=12), {"w": torch.zeros(3)}
     for round in range(4):
         expected = tuple(range(12)) if round < 2 else ()
         assert server.draw() == expected
@@ -570,7 +570,7 @@ def test_nobody_joins_more_often_than_the_plan_says():
 def test_training_ends_when_the_budget_is_spent():
     plan = replace(PLAN, noise_multiplier=2.0)
     plan = replace(plan, budget=plan.epsilon(2) + 1e-6)
-    server, model = StateDictServer(plan=plan, population=12), {"w": torch.zeros(3)}
+    server, model = StateDictServer(seed=0, plan=plan, population=12), {"w": torch.zeros(3)}
     server(model, [model])
     server(model, [model])
     with pytest.raises(RoundFailed, match="training ends"):
@@ -582,7 +582,7 @@ def test_layers_are_clipped_one_by_one():
     model = {"a": torch.zeros(2), "b": torch.zeros(3)}
     client = {"a": torch.full((2,), 100.0), "b": torch.full((3,), 0.01)}
     plan = replace(PLAN, clipping=PerLayer())
-    after = StateDictServer(plan=plan, population=10)(model, [client]).state
+    after = StateDictServer(seed=0, plan=plan, population=10)(model, [client]).state
     assert float(after["a"].norm() * 10) == pytest.approx(sqrt(0.5), rel=1e-5)
     assert torch.allclose(after["b"] * 10, client["b"])
 
@@ -595,12 +595,13 @@ def test_layers_are_clipped_one_by_one():
         ({"unit": "example", "place": "local", "local": LocalSampling(batch_size=4, epochs=1)}, "whole clients"),
         ({"clipping": AdaptiveQuantile()}, "AdaptiveQuantile"),
         ({"weight_cap": 10}, "weight_cap=10"),
+        ({"simulated_population": 1000}, "guarantees nothing"),
         ({"delta": 0.1}, "delta=0.1 >= 1/N"),
     ],
 )
 def test_plans_for_other_places_are_refused_with_the_way_out(change, message):
     with pytest.raises(InvalidArgument, match=message):
-        StateDictServer(plan=replace(PLAN, **change), population=20)
+        StateDictServer(seed=0, plan=replace(PLAN, **change), population=20)
 
 
 def test_what_does_not_go_with_a_plan_is_refused(model, trained):
@@ -610,21 +611,21 @@ def test_what_does_not_go_with_a_plan_is_refused(model, trained):
         ({"population": 20}, "give both or none"),
         ({"plan": PLAN, "population": 4}, "fewer than 10 clients cannot hide one"),
         ({"plan": PLAN, "population": 20, "rule": Median()}, "Median under a central plan"),
-        ({"plan": PLAN, "population": 20, "scaling": 2.0}, "scaling: the plan's clip"),
+        ({"plan": PLAN, "population": 20, "scaling": 2.0}, "scaling: a plan's clip"),
         ({"plan": cyclic, "population": 20}, "bands=2"),
         ({"plan": replace(PLAN, sampling="fixed_size", sample_rate=0.33), "population": 20}, "no whole number"),
     ]:
         with pytest.raises(InvalidArgument, match=message):
-            StateDictServer(**keywords)
+            StateDictServer(**{"seed": 0, **keywords})
     with pytest.raises(InvalidArgument, match="every client counts the same"):
-        StateDictServer(plan=PLAN, population=20)(model, trained(2), weights=[1.0, 2.0])
+        StateDictServer(seed=0, plan=PLAN, population=20)(model, trained(2), weights=[1.0, 2.0])
 
 
 def test_the_order_of_arrival_changes_no_bit_under_a_plan(model, trained):
     clients, order = trained(9, length=1.0), [5, 2, 8, 0, 1, 7, 3, 6, 4]
     plan = replace(PLAN, noise_multiplier=1.0)
-    one = StateDictServer(plan=plan, population=20)(model, clients, ids=range(9)).state
-    two = StateDictServer(plan=plan, population=20)(model, [clients[i] for i in order], ids=order).state
+    one = StateDictServer(seed=0, plan=plan, population=20)(model, clients, ids=range(9)).state
+    two = StateDictServer(seed=0, plan=plan, population=20)(model, [clients[i] for i in order], ids=order).state
     assert same(one, two)
 
 
@@ -633,7 +634,7 @@ def test_what_exclude_names_is_neither_clipped_nor_noised(model, trained):
     clients = trained(3)
     for own in clients:
         own["scale"] = torch.tensor(1e20)
-    result = StateDictServer(plan=plan, population=20, exclude=["scale"])(model, clients)
+    result = StateDictServer(seed=0, plan=plan, population=20, exclude=["scale"])(model, clients)
     assert torch.equal(result.state["scale"], model["scale"])
     assert result.bad == 0
     assert not torch.equal(result.state["layer.bias"], model["layer.bias"])
@@ -683,3 +684,12 @@ def test_a_models_own_state_dict_loads_again():
     assert not result.state["0.weight"].requires_grad
     expected = torch.stack([own["1.running_mean"] for own in clients]).mean(0)
     assert torch.allclose(module.state_dict()["1.running_mean"], expected, atol=1e-7)
+
+
+def test_seeded_noise_wants_a_seed_of_its_own():
+    """From a default one anybody can draw it again, and take it off."""
+    plan = replace(PLAN, source="seeded")
+    with pytest.raises(InvalidArgument, match="give a secret seed=, or use source='secure'"):
+        StateDictServer(plan=plan, population=20)
+    assert StateDictServer(plan=plan, population=20, seed=7).seed == 7
+    assert StateDictServer(plan=replace(plan, source="secure"), population=20).seed == 0

@@ -154,6 +154,22 @@ def test_the_channel_the_attack_and_the_rule_are_there(runs: dict[str, Path]) ->
     assert "TrimmedMean(f=3)" in attacked
 
 
+def test_a_rule_stays_where_clients_add_their_own_noise(runs: dict[str, Path], tmp_path: Path) -> None:
+    """Only a plan that noises the sum takes the rule's place."""
+    for place, replaced in (("local", False), ("central", True)):
+        plan = {**RunFolder(runs["examples"]).config()["plan"], "unit": "client", "place": place, "local": None}
+        card = model_card(
+            changed(runs["attacked"], tmp_path / place, {"epsilons": [record()]}, {"plan": plan}), visibility
+        )
+        assert ("in whose place the plan released the noisy mean" in card) == replaced
+
+
+def test_it_says_which_engine_played_the_run(runs: dict[str, Path], tmp_path: Path) -> None:
+    assert "engine local." in model_card(runs["plain"], visibility)
+    flower = changed(runs["plain"], tmp_path / "run", {"engine": "flower, deployment"}, {"engine": "flower"})
+    assert "engine flower, deployment." in model_card(flower, visibility)
+
+
 def test_utility_comes_with_its_number_of_examples(runs: dict[str, Path]) -> None:
     summary = RunFolder(runs["plain"]).summary()
     card = model_card(runs["plain"], visibility)

@@ -170,6 +170,13 @@ def test_claims_that_are_none_are_refused(data: TensorDataset) -> None:
         epsilon_record(engine, optimizer, DataLoader(data, batch_size=8), 1e-3)
     with pytest.raises(InvalidArgument, match=r"delta=0.5 >= 1/n = 0.025"):
         epsilon_record(engine, optimizer, loader, 0.5)
+    with pytest.raises(InvalidArgument, match="does not count this optimizer's steps"):
+        epsilon_record(PrivacyEngine(), optimizer, loader, 1e-3)  # whose history is empty: epsilon 0
+    hook = optimizer.step_hook
+    optimizer.attach_step_hook(None)
+    with pytest.raises(InvalidArgument, match="does not count this optimizer's steps"):
+        epsilon_record(engine, optimizer, loader, 1e-3)
+    optimizer.attach_step_hook(hook)
     engine.accountant.history = [(1.1, 0.4, 3)]
     with pytest.raises(InvalidArgument, match=r"counted sample_rate=0\.4, the loader draws at 0\.2"):
         epsilon_record(engine, optimizer, loader, 1e-3)

@@ -337,6 +337,88 @@ def test_layers_that_mix_examples_are_refused(data: TensorDataset) -> None:
             steps.step(batch)
 
 
+class Normalised(nn.Module):
+    """Over the batch in training, by its own code: evaluation, in which a model is often looked at, shows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x - x.mean(0) if self.training else x)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_mixing_in_training_alone_is_found_out(data: TensorDataset, dropout: float) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(dropout), Normalised())
+    steps = private(model, plan())
+    with torch.random.fork_rng(), pytest.raises(PrivacyBroken, match="Sequential depends on the others"):
+        for batch in steps.loader(data):
+            steps.step(batch)
+    assert steps.steps == 0
+
+
+def test_mixing_is_looked_for_again_in_another_mode(data: TensorDataset) -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Normalised()).eval()
+    steps = private(model, plan())
+    batches = iter(steps.loader(data))
+    steps.step(next(batches))
+    model.train()
+    with pytest.raises(PrivacyBroken, match="Sequential depends on the others"):
+        for batch in batches:
+            steps.step(batch)
+    assert steps.steps == 1
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_statistics_beside_the_weights_are_found_out_if_they_are_saved(data: TensorDataset, saved: bool) -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(WIDTH, CLASSES)
+            self.register_buffer("mean", torch.zeros(WIDTH), persistent=saved)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x):
+                self.mean += x.detach().mean(0)
+            return self.out(x)
+
+    model = Counting()
+    steps = private(model, plan())
+    for batch in steps.loader(data):
+        steps.step(batch)
+    assert ("mean" in model.state_dict()) == saved
+    if saved:
+        with pytest.raises(PrivacyBroken, match="mean: buffers that changed"):
+            steps.record()
+    else:
+        assert steps.record().epsilon > 0
+
+
+def test_tied_weights_are_clipped_as_one(data: TensorDataset) -> None:
+    """A layer in two places has one gradient, the sum of both: clipped apart, the two would be longer than the clip."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).tanh())
+
+    model = Tied()
+    steps = private(model, plan(clip=0.3))
+    names = [name for name, _ in model.named_parameters()]
+    assert len(names) == 3
+    total = torch.zeros(WIDTH * WIDTH + 2 * WIDTH, dtype=torch.float64)
+    for x, y in zip(*data[:9], strict=True):
+        own = gradient(model, x, y).double()
+        assert float(own.norm()) > 0.3
+        total += own * 0.3 / own.norm()
+    torch.testing.assert_close(steps.clipped_sum(data[:9]).double(), total, atol=1e-6, rtol=1e-5)
+
+
 def test_dropout_is_no_mixing_and_stays_on(data: TensorDataset) -> None:
     model = nn.Sequential(nn.Linear(WIDTH, 6), nn.Dropout(0.5), nn.Linear(6, CLASSES))
     with torch.random.fork_rng():

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from math import isnan
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -20,9 +21,13 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from privfm.checks import BrokenCheckpoint, InvalidArgument, PrivacyBroken
@@ -72,14 +77,9 @@ def data() -> list[dict[str, Tensor]]:
 
 
 @pytest.fixture
-def arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
+def arguments(quiet_arguments: Callable[..., TrainingArguments]) -> Callable[..., TrainingArguments]:
     def make(**changes: Any) -> TrainingArguments:
         options: dict[str, Any] = {
-            "output_dir": str(tmp_path / "out"),
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "save_strategy": "no",
             "max_grad_norm": 0,
             "per_device_train_batch_size": BATCH,
             "num_train_epochs": 2,
@@ -89,7 +89,7 @@ def arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
             "weight_decay": 0.0,
             "logging_steps": 2,
         }
-        return TrainingArguments(**{**options, **changes})
+        return quiet_arguments(**{**options, **changes})
 
     return make
 
@@ -239,7 +239,8 @@ def test_training_again_is_another_round(data: Data, arguments: Arguments) -> No
 
 def test_other_optimizers_schedules_and_smoothing_work(data: Data, arguments: Arguments) -> None:
     args = arguments(optim="adamw_torch", lr_scheduler_type="linear", warmup_steps=2, label_smoothing_factor=0.1,
-                     max_steps=3, save_strategy="steps", save_steps=1)  # fmt: skip
+                     weight_decay=0.1, neftune_noise_alpha=5.0, max_steps=3, save_strategy="steps",
+                     save_steps=1)  # fmt: skip
     trainer = PrivateTrainer(bert(), args, train_dataset=data, plan=plan(), privacy_seed=3, at_once=2)
     trainer.train()
     assert trainer.epsilon_record().epsilon > 0
@@ -289,6 +290,8 @@ def test_losses_are_the_trainers_own(data: Data, arguments: Arguments) -> None:
     texts = [{**one, "labels": torch.where(one["input_ids"] > 0, one["input_ids"], -100)} for one in data]
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes))
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": True}
+    several = [{**one, "labels": torch.tensor([place % 2, 1, 0]).float()} for place, one in enumerate(data)]
     cases: list[tuple[nn.Module, Data, dict[str, Any], dict[str, Any]]] = [
         (bert(), data, {}, {}),
         (lora(bert()), data, {}, {}),
@@ -296,6 +299,10 @@ def test_losses_are_the_trainers_own(data: Data, arguments: Arguments) -> None:
         (bert(), data, {}, {"compute_loss_func": mse}),
         (bert(num_labels=1), [{**one, "labels": one["labels"].float()} for one in data], {}, {}),
         (llama, texts, {}, {}),
+        # of the same kinds by name, and with another loss: several labels, none shifted, one of the router's own
+        (bert(), several, {}, {}),
+        (XLNetLMHeadModel(XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=16)), texts, {}, {}),
+        (MixtralForCausalLM(MixtralConfig(vocab_size=40, **sizes, **experts)), texts, {}, {}),
     ]
     for model, examples, options, more in cases:
         trainer = Trainer(model.eval(), arguments(**options), train_dataset=examples, **more)
@@ -335,13 +342,15 @@ def test_options_that_break_the_guarantee_are_refused(data: Data, arguments: Arg
         PrivateTrainer(bert(), arguments(**{name: WRONG[name]}), train_dataset=data, plan=plan(), privacy_seed=3)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("fp16", True), ("torch_compile", True), ("deepspeed", {}), ("fsdp", "full_shard"), ("push_to_hub", True),
-     ("use_liger_kernel", True)],
-)  # fmt: skip
+UNSET: dict[str, Any] = {
+    "fp16": True, "torch_compile": True, "deepspeed": {}, "fsdp": "full_shard", "push_to_hub": True,
+    "use_liger_kernel": True, "gradient_checkpointing": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), UNSET.items())
 def test_options_this_machine_cannot_set(data: Data, arguments: Arguments, name: str, value: Any) -> None:
-    """Set once the Trainer has looked at them: they need a GPU, a library or the network."""
+    """Set once the Trainer has looked at them: they need a GPU, a library or the network, or are deprecated."""
     trainer = Trainer(bert(), arguments(), train_dataset=data)
     setattr(trainer.args, name, value)
     from privfm.plugins.trainer import _problems
@@ -353,6 +362,55 @@ def test_every_option_on_the_list_is_one_of_transformers(arguments: Arguments) -
     """A renamed option would be looked up in vain, and taken."""
     args = arguments()
     assert [name for name, _, _ in OPTIONS if not hasattr(args, name)] == []
+
+
+def test_every_option_on_the_list_is_refused_in_a_test(data: Data, arguments: Arguments) -> None:
+    """An option that nobody sets to a wrong value may be on the list and taken all the same."""
+    assert {name for name, _, _ in OPTIONS} - {*WRONG, *UNSET} == {"world_size", "n_gpu"}
+    trainer = Trainer(bert(), arguments(), train_dataset=data)
+    from privfm.plugins.trainer import _problems
+
+    class Several:
+        """Arguments as on a machine with two of everything."""
+
+        world_size, n_gpu = 2, 2
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(trainer.args, name)
+
+    several = SimpleNamespace(args=Several(), train_dataset=data, model_init=None)
+    found = [problem.partition("=")[0] for problem in _problems(several, plan())]  # type: ignore[arg-type]
+    assert found == ["world_size", "n_gpu"]
+
+
+def test_a_budget_that_pays_for_one_epoch_of_two_is_refused_before_the_first(data: Data, arguments: Arguments) -> None:
+    one = plan().epsilon(1, examples=[N]) * 0.9
+    trainer = PrivateTrainer(bert(), arguments(), train_dataset=data, plan=plan(budget=one), privacy_seed=3)
+    with pytest.raises(InvalidArgument, match="10 more steps, 10 in all"):
+        trainer.train()
+    assert trainer.private.steps == 0
+    half = PrivateTrainer(bert(), arguments(max_steps=5), train_dataset=data, plan=plan(budget=one), privacy_seed=3)
+    half.train()
+    assert 0 < half.epsilon_record().epsilon <= one
+
+
+def test_the_seed_that_checkpoints_hold_is_no_secret(data: Data, arguments: Arguments) -> None:
+    with pytest.raises(InvalidArgument, match=r"privacy_seed=42 is args\.seed"):
+        PrivateTrainer(bert(), arguments(), train_dataset=data, plan=plan(), privacy_seed=42)
+
+
+def test_a_checkpoint_with_statistics_of_examples_ends_training(data: Data, arguments: Arguments) -> None:
+    model = bert()
+    model.register_buffer("seen", torch.zeros(()))
+
+    def count(part: Any, given: Any, found: Any) -> None:
+        part.seen += 1.0
+
+    model.register_forward_hook(count)
+    trainer = PrivateTrainer(model, arguments(save_strategy="epoch"), train_dataset=data, plan=plan(), privacy_seed=3)
+    with pytest.raises(PrivacyBroken, match="seen: buffers that changed"):
+        trainer.train()
+    assert trainer.private.steps == 5, "at the first checkpoint"
 
 
 def test_all_refusals_come_at_once(data: Data, arguments: Arguments) -> None:

@@ -111,8 +111,8 @@ class Link:
             header.scale,
             header.weight,
         )
-        message = b"".join([head, *(piece for part in parts for piece in (_SIZE.pack(len(part)), part))])
-        return message + self._code(message, sending=True)
+        pieces = [head, *(piece for part in parts for piece in (_SIZE.pack(len(part)), part))]
+        return b"".join([*pieces, self._code(pieces, sending=True)])
 
     def open(self, message: bytes) -> tuple[Header, list[bytes]]:
         """Opens a message. The code is compared before any of the body is read; sizes are believed only if they fit.
@@ -132,7 +132,7 @@ class Link:
             raise Replay(f"a message of round {number}, expected round {self._own.round}")
         if (sender, receiver) != (self._other, self._own.number):
             raise Corrupt(f"a message from {sender} to {receiver}, expected {self._other} to {self._own.number}")
-        if not _same(self._code(memoryview(message)[:end], sending=False), message[end:]):
+        if not _same(self._code([memoryview(message)[:end]], sending=False), message[end:]):
             raise Corrupt(f"the message is not from party {sender}, or was cut off or changed on the way")
         scheme, parameters, key, stage, length, parts, clients, scale, weight = rest
         header = Header(_text(scheme), parameters, key, _text(stage), length, parts, clients, scale, weight)
@@ -148,12 +148,13 @@ class Link:
         header.require(replace(expected, parts=header.parts))
         return parts
 
-    def _code(self, content: bytes | memoryview, *, sending: bool) -> bytes:
+    def _code(self, pieces: Sequence[bytes | memoryview], *, sending: bool) -> bytes:
         from cryptography.hazmat.primitives.hashes import SHA256
         from cryptography.hazmat.primitives.hmac import HMAC
 
         code = HMAC(pair_key(self._own, self._other, b"envelope", sending=sending), SHA256())
-        code.update(content)
+        for piece in pieces:
+            code.update(piece)
         return code.finalize()
 
 

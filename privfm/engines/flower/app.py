@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any, Final, final
 
 from privfm.checks import require
-from privfm.engines.flower.identities import PUBLIC, write_public
+from privfm.defenses.channels.identity_files import write_public
+from privfm.engines.flower.app_config import toml
 
 MODULE: Final = "privfm_app"
 """Name of the package inside an app folder."""
 
 RUN: Final = "run.json"
-"""Name of the file with the run's configuration, beside the folder `identities.PUBLIC`."""
+"""Name of the file with the run's configuration."""
+
+PUBLIC: Final = "identities"
+"""Name of the folder of public identities beside it: one file a host, by any name."""
 
 _LARGEST: Final = 10 * 1024 * 1024  # bytes of a Flower app, flwr.common.constant.FAB_MAX_SIZE
 
@@ -135,8 +139,7 @@ def write_app(folder: Path, name: str, record: Mapping[str, Any], public: Mappin
     require(not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty; choose a new folder")
     package = folder / MODULE
     package.mkdir(parents=True)
-    lines = [f"{key} = {json.dumps(value)}" for key, value in place.config().items()]
-    project = _PROJECT.format(name=name, module=MODULE, config="\n".join(lines))
+    project = _PROJECT.format(name=name, module=MODULE, config=toml(place.config()))
     (folder / "pyproject.toml").write_text(project, encoding="utf-8")
     (package / "__init__.py").write_text('"""A federated run of privfm."""\n', encoding="utf-8")
     (package / "server_app.py").write_text(_SERVER, encoding="utf-8")

@@ -7,7 +7,7 @@ and what a host must remember for a round is in the SuperNode's memory (`context
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,8 +17,8 @@ from flwr.clientapp import ClientApp
 from privfm.engines.flower.records import content_of, record_of
 from privfm.engines.flower.wire import packed, unpacked
 
-ENTRY: Final = "privfm.cli.flower_entry:answer"
-"""The function that plays a host, wherever it runs: bytes in, bytes out."""
+ENTRY: Final = "privfm.cli.flower_entry"
+"""The module that plays a host, wherever it runs: `answered`, and `answer` from bytes to bytes."""
 
 _MEMORY: Final = "privfm.memory"
 """Entry of the SuperNode's own state: what this host remembers of the present round."""
@@ -35,7 +35,8 @@ def client_app(folder: Path) -> ClientApp:
     @app.query()
     def greet(message: Message, context: Context) -> Message:
         """Whom this host plays."""
-        return Message(content=record_of(_ask(folder, "greet", b"", context)), reply_to=message)
+        nonce = content_of(message)
+        return Message(content=record_of(_ask(folder, "greet", nonce or b"", context)), reply_to=message)
 
     @app.train()
     def answer(message: Message, context: Context) -> Message:
@@ -59,26 +60,29 @@ def _ask(folder: Path, what: str, content: bytes, context: Context) -> bytes:
         raise TypeError("the state of this node is not what privfm has written")
     node = dict(context.node_config)
     order = {"what": what, "folder": str(folder), "node": node, "run": dict(context.run_config)}
-    payload = packed(order, {"content": content, "memory": memory})
     try:
-        head, parts = unpacked(_caller(context, node)(payload))
+        error, reply, memory = _answered(order, content, memory, context)
     except Exception as reason:
         sys.stderr.write(f"privfm: {type(reason).__name__}: {reason}\n")
         # Flower sends the text of an exception to the server: it must hold nothing of this host.
         raise RuntimeError(f"{type(reason).__name__}; the host's log says why") from None
-    if "error" in head:
-        raise RuntimeError(str(head["error"]))
-    context.state.config_records[_MEMORY] = ConfigRecord({"bytes": parts["memory"]})
-    return parts["content"]
+    if error:
+        raise RuntimeError(error)
+    context.state.config_records[_MEMORY] = ConfigRecord({"bytes": memory})
+    return reply
 
 
-def _caller(context: Context, node: dict[str, Any]) -> Callable[[bytes], bytes]:
-    """A persistent worker on a SuperNode of its own; in the simulation this process is one already."""
+def _answered(order: dict[str, Any], content: bytes, memory: bytes, context: Context) -> tuple[str, bytes, bytes]:
+    """By a persistent worker on a SuperNode of its own; in the simulation this process is one already."""
+    if not order["node"].get("persistent-worker", False):
+        here: tuple[str, bytes, bytes] = import_module(ENTRY).answered(order, content, memory)
+        return here
     from privfm.engines.flower import worker
 
-    if not node.get("persistent-worker", False):
-        return lambda payload: worker.call_here(ENTRY, payload)
     # One a run, as somebody's own classes may change from one run to the next; where one process plays them all, one.
     loopback = str(context.run_config.get("loopback", ""))
     key, owner = str(Path(loopback).parents[1]) if loopback else str(context.run_id), worker.supernode_pid()
-    return lambda payload: worker.call(ENTRY, key, payload, owner=owner)
+    payload = packed(order, {"content": content, "memory": memory})
+    head, parts = unpacked(worker.call(f"{ENTRY}:answer", key, payload, owner=owner))
+    sys.stderr.write(str(head["notes"]))  # into this SuperNode's own log
+    return str(head["error"]), parts["content"], parts["memory"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from secrets import token_bytes
 from typing import TYPE_CHECKING, Final, final
 
 from privfm.checks import ClientFailed, Corrupt, InvalidArgument, require
 from privfm.contracts import KEY_HOLDER, Cast, Channel, Engine, Exchange, Party, Sealer
-from privfm.engines.flower.messages import Greeting, Reply, Request
+from privfm.defenses.channels.identities import verify
+from privfm.engines.flower.messages import Greeting, Reply, Request, claim
 from privfm.engines.flower.records import content_of, message_to
 from privfm.engines.flower.settings import FlowerSettings
 
@@ -23,6 +25,8 @@ POLL_SECONDS: Final = 0.05
 _GONE: Final = (3, 4, 5, 8)
 """Flower's codes for messages not delivered or not answered in time, nodes that left, apps that were killed."""
 
+
+_NONCE: Final = 16  # bytes, so that no greeting is one of before
 
 HOST_SECONDS: Final = 5.0
 """How long a node that Flower no longer lists may still be waited for: its last reply may be on the way."""
@@ -45,11 +49,14 @@ class Flower(Engine):
       hosts: which node hosts which parties; grows when nodes join.
     """
 
+    elsewhere = True
+
     def __init__(
         self, grid: Grid, server: Callable[[int], Party], settings: FlowerSettings, strict: bool = True
     ) -> None:
         self._grid, self.server, self.settings, self.strict = grid, server, settings, strict
         self.hosts: dict[int, tuple[int, ...]] = {}
+        self._silent: set[int] = set()
 
     def meet(self, parties: Sequence[int]) -> None:
         """Waits until everybody is hosted somewhere.
@@ -130,24 +137,30 @@ class Flower(Engine):
         node says later wins, but before the first round nobody may be hosted twice. Later on nobody who joins can end
         the run: who cannot take part is left out, and asked again before the next round.
         """
-        strangers = sorted(self.there() - self.hosts.keys())
-        end = time.monotonic() + seconds
-        for node, message in self.replies(dict.fromkeys(strangers, b""), "query", 0, end):
+        strangers = sorted(self.there() - self.hosts.keys() - self._silent)
+        end, nonce = time.monotonic() + seconds, token_bytes(_NONCE)
+        if not first:
+            self._silent |= set(strangers)  # but for those that answer: nobody is waited for twice
+        for node, message in self.replies(dict.fromkeys(strangers, nonce), "query", 0, end):
+            self._silent.discard(node)
             if message.has_error() and message.error.code in _GONE:
                 continue
             try:
-                self._meet(node, message, first=first)
+                self._meet(node, message, nonce, first=first)
             except (InvalidArgument, Corrupt) as reason:
                 if first:
                     raise
                 sys.stderr.write(f"privfm: {reason}\n")
 
-    def _meet(self, node: int, message: Message, *, first: bool) -> None:
+    def _meet(self, node: int, message: Message, nonce: bytes, *, first: bool) -> None:
         content = content_of(message)
         if content is None:
             raise InvalidArgument(f"node {node} failed before it took part ({_failure(message)}); see its log")
         greeting = Greeting.from_bytes(content)
         require(not greeting.problem, f"node {node} cannot take part: {greeting.problem}")
+        server = self.server(0)
+        for party in greeting.parties:
+            verify(server.pinned(party), claim(nonce, party), greeting.signatures.get(party, b""))
         twice = sorted(self._hosted() & set(greeting.parties)) if first else []
         require(not twice, f"parties {twice[:5]} are hosted twice; give every SuperNode its own partition-id")
         self.hosts[node] = greeting.parties

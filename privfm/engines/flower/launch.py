@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Self, final
 from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
-from privfm.checks import at_least, non_negative, positive, require
+from privfm.checks import FlowerFailed, at_least, non_negative, positive, require
 from privfm.engines.flower.app_config import Scalar, check_app, check_config, toml
 from privfm.engines.flower.certificates import Certificates, make_certificates
 from privfm.engines.flower.processes import Tree, kill_marked
@@ -37,10 +37,6 @@ _START_SECONDS = 180.0  # for what takes 2 to 11 s
 _FORGOTTEN_SECONDS = 90.0  # for a killed SuperNode to be given up, which takes at most 60 s
 _TAIL_LINES = 25
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-
-
-class FlowerFailed(RuntimeError):
-    """Flower did not start, or a run on it did not end well. The message carries the tail of its log."""
 
 
 @final
@@ -274,6 +270,7 @@ class Session:
             # Ray puts sockets there, and their paths must be short.
             self._temporary = Path(tempfile.mkdtemp(prefix="privfm-"))
         self._environment = environment(home, self.marker, self._programs["flwr"].parent, self._temporary)
+        self._environment["XDG_RUNTIME_DIR"] = str(home)  # workers' sockets and logs: gone with the session
         if self._tls:
             self._certificates = make_certificates(self.folder / "certificates", len(self._specs))
         link = self._reserve_port()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from struct import pack
 from typing import final
 
 import numpy as np
@@ -111,14 +112,17 @@ class Greeting:
     Attributes:
       parties: which it hosts.
       problem: why it cannot take part; empty where it can.
+      signatures: each party's own, over `claim` of the server's nonce: nobody hosts whose identity it has not.
     """
 
     parties: tuple[int, ...]
     problem: str = ""
+    signatures: Mapping[int, bytes] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """As it goes over the network."""
-        return packed({"parties": list(self.parties), "problem": self.problem})
+        signatures = {f"signature/{party}": signature for party, signature in self.signatures.items()}
+        return packed({"parties": list(self.parties), "problem": self.problem}, signatures)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Greeting:
@@ -128,10 +132,17 @@ class Greeting:
           Corrupt: it is none.
         """
         try:
-            head, _ = unpacked(content)
-            return cls(tuple(int(party) for party in head["parties"]), str(head["problem"]))
+            head, parts = unpacked(content)
+            return cls(
+                tuple(int(party) for party in head["parties"]), str(head["problem"]), by_party("signature", parts)
+            )
         except (ValueError, KeyError, TypeError, OverflowError) as reason:
             raise Corrupt(f"a greeting that is none: {reason}") from reason
+
+
+def claim(nonce: bytes, party: int) -> bytes:
+    """What a party signs to say that it is here, for the server that drew the nonce."""
+    return b"privfm greeting" + nonce + pack(">q", party)
 
 
 def by_party(kind: str, parts: Mapping[str, bytes]) -> dict[int, bytes]:

@@ -12,8 +12,9 @@ import torch
 
 from privfm.checks import ClientFailed, Corrupt, require
 from privfm.contracts import KEY_HOLDER, Broadcast, Cast, Encoded, Identity, Memory, Party
+from privfm.defenses.channels.identities import sign
 from privfm.defenses.privacy.releases import BOUND, QuantileRelease
-from privfm.engines.flower.messages import Reply, Request
+from privfm.engines.flower.messages import Greeting, Reply, Request, claim
 from privfm.engines.flower.store import NodeStore
 from privfm.engines.flower.wire import packed, unpacked
 from privfm.engines.hosted import Hosted
@@ -48,8 +49,9 @@ class Node:
       store: where its clients' states lie between rounds.
       clients_per_batch: clients trained together.
       processes: how many a party may use to encrypt.
-      rounds: how often a client trains under a plan whose epsilon is claimed against the server (`place="local"`, or
-        examples): a server that asks again is paid for by nobody, whatever round it says it is. None: any number.
+      rounds: how often a client trains under a plan whose epsilon is claimed against the server (`place="local"` or
+        `"distributed"`, or examples): a server that asks again is paid for by nobody, whatever round it says it is.
+        None: any number.
     """
 
     def __init__(
@@ -64,10 +66,18 @@ class Node:
     ) -> None:
         self._federation, self._keys, self._store = federation, keys, store
         plan = federation.arm.plan
-        against_server = plan is not None and (plan.place == "local" or plan.unit == "example")
+        against_server = plan is not None and (plan.place in ("local", "distributed") or plan.unit == "example")
         self._rounds = rounds if against_server else None
         self._clients_per_batch, self._processes = clients_per_batch, processes
         self._channel = federation.arm.wire
+
+    def greeting(self, nonce: bytes) -> Greeting:
+        """Who is hosted here, proved by their identities."""
+        signatures = {
+            number: sign(Party(number, 0, own, self._keys.pinned), claim(nonce, number))
+            for number, own in self._keys.own.items()
+        }
+        return Greeting(tuple(self._keys.own), "", signatures)
 
     def answer(self, request: Request, memory: bytes) -> tuple[Reply, bytes]:
         """The replies to one stage, and what this host must remember until the next one.
@@ -126,7 +136,7 @@ class Node:
         rule, space = federation.playing(cast.round)
         bound = {} if told.bound is None else {BOUND: torch.tensor(told.bound, dtype=torch.float64)}
         state = RunState(cast.round, told.model, bound, {}, clients, attack or federation.fresh_attack(), {})
-        return Way(federation, state, rule, space, cast), state
+        return Way(federation, state, rule, space, cast, measured=False), state
 
     def _spent(self, request: Request) -> set[int]:
         """Clients whose plan pays for no further round; the others are counted before they train."""

@@ -59,6 +59,7 @@ def environment(home: Path, marker: str, programs: Path, temporary: Path | None)
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(POLL_SECONDS),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # or a GPU that is not counted would be hidden from workers
         # Ray takes 127.0.0.1 for the node's address where no cluster is possible, and only then listens there alone.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "OMP_NUM_THREADS": "1",

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 if find_spec("flwr") is None:
     raise ImportError("privfm.plugins.flower needs Flower: pip install 'privfm[flower]'")
 
-from privfm.plugins.flower.identities import Parties, create_identity, load_parties, save_pinned
+from privfm.defenses.channels.identity_files import make_secrets, write_public
+from privfm.plugins.flower.identities import Parties, load_parties
 from privfm.plugins.flower.mods import clip_mod, compress_mod, noise_mod
 from privfm.plugins.flower.protection import parties_of, protect_mod
 from privfm.plugins.flower.records import BrokenReply
@@ -23,10 +24,10 @@ __all__ = [
     "Report",
     "clip_mod",
     "compress_mod",
-    "create_identity",
     "load_parties",
+    "make_secrets",
     "noise_mod",
     "parties_of",
     "protect_mod",
-    "save_pinned",
+    "write_public",
 ]

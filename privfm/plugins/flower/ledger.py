@@ -13,7 +13,8 @@ from privfm.contracts import Intake, Outcome, Rule, Sampling, State, View
 from privfm.defenses.privacy import EpsilonRecord
 from privfm.defenses.privacy.releases import BOUND, GaussianRelease, QuantileRelease
 from privfm.defenses.views import EmptyView
-from privfm.federation.population import drawn_in_secret, eligible, no_participations
+from privfm.federation.population import eligible, no_participations
+from privfm.plugins.central_plans import drawn
 from privfm.plugins.flower.terms import Terms
 from privfm.randomness import Seeds
 
@@ -96,11 +97,7 @@ class Ledger:
         plan, population = self._terms.plan, self._population
         if plan is None or population is None:
             raise InvalidArgument("plan=None: only a plan draws clients by itself")
-        sampling = self._terms.arm().sampling
-        if plan.source == "secure":
-            cohort = drawn_in_secret(sampling, population, self.round)
-        else:
-            cohort = sampling.draw(population, self._seeds.generator("cohort", self.round), self.round)
+        cohort = drawn(plan, population, self._seeds, self.round)
         if plan.bounds_participation:
             cohort, self._joined = eligible(cohort, self._joined, self.round, plan.max_participations, plan.bands)
         return cohort

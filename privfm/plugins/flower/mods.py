@@ -18,7 +18,7 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore import log
 from torch import Tensor
 
-from privfm.checks import InvalidArgument, at_least, require
+from privfm.checks import ClientFailed, InvalidArgument, at_least, require
 from privfm.contracts import KEY_HOLDER, Party, Transform
 from privfm.defenses.privacy import DPPlan
 from privfm.defenses.transforms import Clip
@@ -26,14 +26,17 @@ from privfm.plugins.flower.exchange import ASKED, CARRIED, WHO, carried, hello, 
 from privfm.plugins.flower.identities import Parties
 from privfm.plugins.flower.records import BrokenReply, Reference, entry
 from privfm.plugins.flower.replies import ENCODED, SPOKEN, encoded_record
-from privfm.plugins.flower.terms import require_codec, require_secret_noise
+from privfm.plugins.refusals import require_codec, require_local
 from privfm.randomness import Seeds
 
 JOINED: Final = "privfm.joined"
 """Name of the record in a node's own state that counts the updates it has given away."""
 
-Step = Callable[[Tensor, Message, Context, Reference], Tensor]
+Step = Callable[[Tensor, Context, Reference], Tensor]
 """What a mod does to an update `(1, d)`."""
+
+Work = Callable[[RecordDict, Reference, int, Context], RecordDict]
+"""What a mod makes of the app's own reply in a round."""
 
 
 def clip_mod(max_grad_norm: float, exclude: Collection[str] = (), arrayrecord_key: str = "arrays") -> Mod:
@@ -58,20 +61,24 @@ def clip_mod(max_grad_norm: float, exclude: Collection[str] = (), arrayrecord_ke
     """
     clip = Clip(max_grad_norm)
 
-    def clipped(rows: Tensor, message: Message, context: Context, reference: Reference) -> Tensor:
+    def clipped(rows: Tensor, context: Context, reference: Reference) -> Tensor:
         return clip.encode(rows, {}, [])[0].rows
 
-    return _mod(clipped, arrayrecord_key, exclude)
+    return _mod(_stepped(clipped), arrayrecord_key, exclude)
 
 
 def noise_mod(plan: DPPlan, exclude: Collection[str] = (), arrayrecord_key: str = "arrays") -> Mod:
     """Clips the client's update and adds the plan's noise on the client: the server never sees the update itself.
 
-    Formal guarantee: the plan's, against the server, for everything the client sends through this mod; it covers the
+    Formal guarantee: the plan's, against the server, for everything the client answers to training; it covers the
     learned entries. Integer entries are replaced by the model's own, and metrics are dropped, because they would tell
-    about the data without noise; the count of examples stays out as well.
+    about the data without noise; the count of examples stays out as well. Answers to evaluation pass as they are: no
+    guarantee covers what they say of private examples.
 
-    The client counts in its own state how often it took part, and does not answer beyond `plan.max_participations`.
+    | event                                            | result                                                   |
+    |--------------------------------------------------|----------------------------------------------------------|
+    | training fails, or its result cannot be used     | noise alone: who fails may depend on data                |
+    | `max_participations` updates were given away     | an error: counted on the node, whatever the server says  |
 
     Args:
       plan: `unit="client"`, `place="local"`, `source="secure"`.
@@ -81,20 +88,25 @@ def noise_mod(plan: DPPlan, exclude: Collection[str] = (), arrayrecord_key: str 
     Raises:
       InvalidArgument: another plan.
     """
-    require(
-        plan.unit == "client" and plan.place == "local",
-        f"unit={plan.unit!r}, place={plan.place!r}: noise_mod adds a client's own noise to its whole update; use "
-        "unit='client' and place='local', or give the plan to the strategy",
-    )
-    require_secret_noise(plan)
+    require_local(plan, "give the plan to the strategy")
 
-    def noisy(rows: Tensor, message: Message, context: Context, reference: Reference) -> Tensor:
-        join(context, plan.max_participations)
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        if is_hello(message):
+            return introduced(message, context)
+        if not is_training(message):
+            return call_next(message, context)
+        reference = reference_of(message, arrayrecord_key, exclude)
         clip = plan.clip(reference.layers)
-        rows = rows if clip is None else clip.encode(rows, {}, [])[0].rows
-        return plan.own_noise(rows, [torch.Generator()])  # secure noise leaves it alone
+        try:
+            join(context, plan.max_participations)  # before training, on which nothing that is told may depend
+            rows = trained_or_zeros(message, context, call_next, reference)
+            rows = rows if clip is None else clip.encode(rows, {}, [])[0].rows
+            noisy = plan.own_noise(rows, [torch.Generator()])  # secure noise leaves it alone
+            return Message(RecordDict({arrayrecord_key: reference.moved(noisy[0])}), reply_to=message)
+        except (BrokenReply, InvalidArgument) as error:
+            return refused(error, message)
 
-    return _mod(noisy, arrayrecord_key, exclude, bare=True)
+    return mod
 
 
 def compress_mod(
@@ -116,29 +128,18 @@ def compress_mod(
     require_codec(codec)
     at_least("seed", seed, 0)
 
-    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        if is_hello(message):
-            return introduced(message, context)
-        if not is_training(message):
-            return call_next(message, context)
-        reference = reference_of(message, arrayrecord_key, exclude)
-        now, number = round_of(message), number_of(context)
-        reply = call_next(message, context)
-        if reply.has_error():
-            return reply
-        try:
-            _, rows = trained(reply, reference)
-            generator = Seeds(seed).generator("codecs", now, context.node_id if number is None else number)
-            encoded, _ = codec.encode(rows, {}, [generator])
-            require(bool(encoded.rows.isfinite().all()), f"{codec} cannot encode the update")
-        except (BrokenReply, InvalidArgument) as error:
-            return refused(error, message)
-        content = RecordDict({name: each for name, each in reply.content.items() if not isinstance(each, ArrayRecord)})
+    def compressed(reply: RecordDict, reference: Reference, now: int, context: Context) -> RecordDict:
+        _, rows = trained(reply, reference)
+        number = number_of(context)
+        generator = Seeds(seed).generator("codecs", now, context.node_id if number is None else number)
+        encoded, _ = codec.encode(rows, {}, [generator])
+        require(bool(encoded.rows.isfinite().all()), f"{codec} cannot encode the update")
+        content = RecordDict({name: each for name, each in reply.items() if not isinstance(each, ArrayRecord)})
         content[ENCODED] = ArrayRecord(encoded_record(encoded, codec.largest_whole))
         content[SPOKEN] = ConfigRecord({"codec": repr(codec)})
-        return Message(content, reply_to=message)
+        return content
 
-    return mod
+    return _mod(compressed, arrayrecord_key, exclude)
 
 
 # What mods share
@@ -194,17 +195,29 @@ def reference_of(message: Message, arrayrecord_key: str, exclude: Collection[str
     return Reference(arrays, exclude)
 
 
-def trained(reply: Message, reference: Reference) -> tuple[str, Tensor]:
+def trained(reply: RecordDict, reference: Reference) -> tuple[str, Tensor]:
     """The name of the record with the client's model, and its update `(1, d)`.
 
     Raises:
       BrokenReply: it is not one model of the reference's names, shapes and types.
     """
-    records = reply.content.array_records
+    records = reply.array_records
     if len(records) != 1:
         raise BrokenReply("records", f"the app replies with {len(records)} records of arrays, expected one")
     name, arrays = next(iter(records.items()))
     return name, reference.update_of(arrays)[None]
+
+
+def trained_or_zeros(message: Message, context: Context, call_next: ClientAppCallable, reference: Reference) -> Tensor:
+    """A client's update `(1, d)`; zero where its training fails, for plans under which a failure must not show."""
+    try:
+        reply = call_next(message, context)
+        if reply.has_error():
+            raise ClientFailed(f"the app answered with an error: {reply.error.reason}")
+        return trained(reply.content, reference)[1]
+    except Exception as error:  # an app's own training may raise anything
+        log(WARNING, "privfm: training failed (%s); an update of zero takes its place", type(error).__name__)
+        return torch.zeros(1, reference.d)
 
 
 def refused(error: Exception, message: Message) -> Message:
@@ -226,35 +239,38 @@ def join(context: Context, most: int | None) -> None:
     context.state[JOINED] = ConfigRecord({"count": count + 1})
 
 
-def _mod(step: Step, arrayrecord_key: str, exclude: Collection[str], bare: bool = False) -> Mod:
-    """A mod that changes the update and sends a plain model.
-
-    Args:
-      step: what it does.
-      arrayrecord_key: of the model in messages.
-      exclude: float entries that are not learned.
-      bare: nothing but the learned entries is sent.
-    """
+def _mod(work: Work, arrayrecord_key: str, exclude: Collection[str]) -> Mod:
+    """A mod that sends something else in place of the app's reply; what cannot be used becomes an error."""
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         if is_hello(message):
             return introduced(message, context)
         if not is_training(message):
             return call_next(message, context)
-        reference = reference_of(message, arrayrecord_key, exclude)
+        reference, now = reference_of(message, arrayrecord_key, exclude), round_of(message)
         reply = call_next(message, context)
         if reply.has_error():
             return reply
         try:
-            name, rows = trained(reply, reference)
-            model = reference.moved(step(rows, message, context, reference)[0])
+            return Message(work(reply.content, reference, now, context), reply_to=message)
         except (BrokenReply, InvalidArgument) as error:
             return refused(error, message)
-        if bare:
-            return Message(RecordDict({name: model}), reply_to=message)
-        learned = {entry: model[entry] for entry in reference.layout.names}
-        own = reply.content.array_records[name]
-        reply.content[name] = ArrayRecord({entry: learned.get(entry, array) for entry, array in own.items()})
-        return reply
 
     return mod
+
+
+def _stepped(step: Step) -> Work:
+    """Changes the update, and sends a plain model.
+
+    Args:
+      step: what it does.
+    """
+
+    def stepped(reply: RecordDict, reference: Reference, now: int, context: Context) -> RecordDict:
+        name, rows = trained(reply, reference)
+        model = reference.moved(step(rows, context, reference)[0])
+        learned = {entry: model[entry] for entry in reference.layout.names}
+        own = {entry: learned.get(entry, array) for entry, array in reply.array_records[name].items()}
+        return RecordDict({**reply, name: ArrayRecord(own)})
+
+    return stepped

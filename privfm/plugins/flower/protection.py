@@ -73,8 +73,8 @@ def protect_mod(
     | event                                           | result                                                    |
     |-------------------------------------------------|-----------------------------------------------------------|
     | a training request without the channel          | an error: nothing is sent in the clear                    |
-    | training fails, plan that noises the sum        | a row of zeros: who fails may depend on data              |
-    | training fails, otherwise                       | an error: a drop-out                                      |
+    | training fails, with a plan                     | a row of zeros: who fails may depend on data              |
+    | training fails, without                         | an error: a drop-out                                      |
     | `max_participations` rows were given away       | an error: counted on the node, whatever the server says   |
     | a stage out of order, a changed message         | an error, and the round is over for this node             |
 
@@ -163,7 +163,7 @@ class _Played:
         try:
             rows = self._trained(reference)
         except Exception as error:  # an app's own training may raise anything
-            if plan is None or not plan.noises_the_sum:
+            if plan is None:
                 raise
             log(WARNING, "privfm: training failed (%s); a row of zeros is sent", type(error).__name__)
             rows = torch.zeros(1, reference.d)
@@ -180,7 +180,7 @@ class _Played:
         reply = self._call_next(message, self._context)
         if reply.has_error():
             raise ClientFailed(f"the app answered with an error: {reply.error.reason}")
-        return trained(reply, reference)[1]
+        return trained(reply.content, reference)[1]
 
 
 def _recalled(context: Context, now: int) -> Memory:

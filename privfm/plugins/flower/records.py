@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from io import BytesIO
-from itertools import pairwise
 from math import prod
 from typing import Any, Final, Literal, final
 
@@ -14,9 +13,10 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from privfm.checks import require
+from privfm.checks import RoundFailed, nearest, require
 from privfm.contracts import Spans
-from privfm.vectors import Layout
+from privfm.plugins.arrays import as_tensor
+from privfm.plugins.changes import GlobalModel, spans
 
 Fault = Literal["records", "keys", "shapes", "dtypes", "values", "count", "codec", "repeated"]
 """What is wrong with a reply: the records it holds, the names, shapes, types or values of its arrays, its count of
@@ -66,13 +66,11 @@ class Reference:
     def __init__(self, arrays: ArrayRecord, exclude: Collection[str] = ()) -> None:
         self._arrays = dict(arrays)
         for name in exclude:
-            require(name in self._arrays, f"exclude={name!r} is no entry of the model")
-        states = {name: array.numpy() for name, array in arrays.items()}
-        learned = {name: each for name, each in states.items() if each.dtype.kind == "f" and name not in exclude}
-        self.layout = Layout.of(learned)
-        self._learned = {name: np.array(learned[name]) for name in self.layout.names}
-        broken = [name for name, each in self._learned.items() if not np.isfinite(each).all()]
-        require(not broken, f"the model is not finite in {', '.join(broken)}; go on from an earlier round")
+            require(name in self._arrays, f"exclude={name!r} is not an entry of the model{nearest(name, arrays)}")
+        states = {name: array.numpy() for name, array in arrays.items() if name not in exclude}
+        learned = {name: as_tensor(name, each) for name, each in states.items() if each.dtype.kind == "f"}
+        self._base = GlobalModel(learned, (), "the model")
+        self.layout = self._base.layout
 
     @property
     def d(self) -> int:
@@ -82,8 +80,7 @@ class Reference:
     @property
     def layers(self) -> Spans:
         """Columns of each learned entry."""
-        ends = np.cumsum([0, *self.layout.sizes]).tolist()
-        return tuple(pairwise(ends))
+        return spans(self.layout)
 
     def update_of(self, arrays: Mapping[str, Array]) -> Tensor:
         """A client's model as an update `(d,)` float32, by name, in whatever order its entries came.
@@ -98,12 +95,12 @@ class Reference:
             raise BrokenReply("keys", f"{len(missing)} entries are missing, {len(foreign)} are not the model's")
         for name, sent in self._arrays.items():
             _require_like(name, arrays[name], sent)
-        update = np.empty(self.d, np.float32)
+        update, model = np.empty(self.d, np.float32), self._base.vector.numpy()
         with np.errstate(over="ignore", invalid="ignore"):  # what does not fit becomes infinite or NaN
-            for (name, own), (lo, hi) in zip(self._learned.items(), self.layers, strict=True):
-                wide = np.promote_types(own.dtype, np.float32)
-                values = _read(name, arrays[name])
-                np.subtract(values.reshape(-1), own.reshape(-1), out=update[lo:hi], dtype=wide, casting="same_kind")
+            for name, (lo, hi) in zip(self.layout.names, self.layers, strict=True):
+                values = _read(name, arrays[name]).reshape(-1)
+                wide = np.promote_types(values.dtype, np.float32)  # holds the model's own values, too
+                np.subtract(values, model[lo:hi], out=update[lo:hi], dtype=wide, casting="same_kind")
         return torch.from_numpy(update)
 
     def moved(self, update: Tensor) -> ArrayRecord:
@@ -112,16 +109,11 @@ class Reference:
         Raises:
           BrokenReply: an entry's type cannot hold the sum.
         """
-        parts = torch.split(update.detach().cpu(), list(self.layout.sizes))
-        steps = dict(zip(self.layout.names, parts, strict=True))
-        found = dict(self._arrays)
-        for name, own in self._learned.items():
-            with np.errstate(over="ignore"):
-                value = np.add(own, steps[name].numpy().reshape(own.shape), dtype=np.float64).astype(own.dtype)
-            if not np.isfinite(value).all():
-                raise BrokenReply("values", f"{name} is {own.dtype}, which cannot hold the next model")
-            found[name] = Array(value)
-        return ArrayRecord(found)
+        try:
+            after = self._base.plus(update.detach())
+        except RoundFailed as reason:
+            raise BrokenReply("values", str(reason)) from reason
+        return ArrayRecord(self._arrays | {name: Array(value.numpy()) for name, value in after.items()})
 
 
 def entry(content: RecordDict, record: str, key: str) -> object:

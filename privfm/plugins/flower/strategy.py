@@ -28,6 +28,7 @@ from privfm.plugins.flower.records import Reference
 from privfm.plugins.flower.replies import Report, by_client
 from privfm.plugins.flower.roster import Roster
 from privfm.plugins.flower.terms import Terms
+from privfm.plugins.refusals import require_seed
 
 _MOST_SKIPPED: Final = 10  # in a row; by then it is the setting, not chance
 
@@ -65,7 +66,7 @@ class ProtectedStrategy(FedAvg):
       weighting: "equal", or "examples": by the count that each client claims, up to `count_cap`.
       count_cap: most examples that count.
       population: number of clients, public. A plan needs it.
-      seed: of cohorts, of random rules, and of noise whose source is "seeded".
+      seed: of cohorts, of random rules, and of noise whose source is "seeded": then it must be given, and kept secret.
       identify: "nodes": a client is a node, by its id. "partitions": by the number `partition-id` of its node
         configuration, which every mod of this package reports: cohorts are then the same in every run, and what is
         remembered of clients outlives a process.
@@ -103,7 +104,7 @@ class ProtectedStrategy(FedAvg):
         weighting: Literal["equal", "examples"] = "equal",
         count_cap: int | None = None,
         population: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         identify: Literal["nodes", "partitions"] = "nodes",
         parties: Parties | None = None,
         exclude: Collection[str] = (),
@@ -139,7 +140,7 @@ class ProtectedStrategy(FedAvg):
             "use identify='partitions'",
         )
         self._parties, self._exclude, self._max_skipped = parties, tuple(exclude), max_skipped
-        self._ledger, self._roster = Ledger(self.terms, population, seed), Roster(population)
+        self._ledger, self._roster = Ledger(self.terms, population, require_seed(plan, seed)), Roster(population)
         self._population, self._timeout = population, 3600.0
         self._planned, self._width = 0, -1
         self._asked: Asked | None = None

@@ -13,6 +13,7 @@ from privfm.defenses.privacy import DPPlan
 from privfm.federation.arm import Arm
 from privfm.federation.compatibility import problems
 from privfm.federation.population import Poisson
+from privfm.plugins.refusals import require_codec, require_real_clients, require_secret_noise
 
 
 @final
@@ -96,31 +97,6 @@ class Terms:
         require(not found, "; ".join(f"{problem.what} (instead: {problem.instead})" for problem in found))
 
 
-def require_codec(codec: Transform) -> None:
-    """Checks that a transform is a wire format which one message by itself can be decoded from.
-
-    Raises:
-      InvalidArgument: it is a client step, it remembers, or it adds a share of noise.
-    """
-    name = type(codec).__name__
-    require(isinstance(codec, Transform), f"codec={codec!r}: expected a Transform, such as FixedPoint")
-    require(codec.binding, f"codec={name} is a client step, which nobody decodes; use clip_mod, or train with it")
-    require(not codec.init(1), f"codec={name} remembers a client's rounds; use one without state, such as FixedPoint")
-    require(codec.modulus is None, f"codec={name} adds shares of noise; a plan with place='distributed' brings it")
-
-
-def require_secret_noise(plan: DPPlan) -> None:
-    """Checks that whoever is to be kept from a client's update cannot draw its noise again.
-
-    Raises:
-      InvalidArgument: noise is seeded, and the server is the adversary.
-    """
-    require(
-        plan.place == "central" or plan.source == "secure",
-        f"source={plan.source!r}, place={plan.place!r}: who knows the seed takes the noise off; use source='secure'",
-    )
-
-
 def _check_plan(plan: DPPlan, protocol: Channel | None) -> None:
     require(
         plan.unit == "client",
@@ -128,10 +104,6 @@ def _check_plan(plan: DPPlan, protocol: Channel | None) -> None:
         "protect them there, and use unit='client' here",
     )
     require_secret_noise(plan)
-    require(plan.weight_cap is None, f"weight_cap={plan.weight_cap}: clients count the same here; leave it out")
-    require(
-        plan.simulated_population is None,
-        f"simulated_population={plan.simulated_population}: it guarantees nothing to the clients of a real app",
-    )
+    require_real_clients(plan)
     if protocol is not None and plan.adaptive:
         raise InvalidArgument("clipping=AdaptiveQuantile: the clip moves, and the channel's clients know one only")

@@ -22,15 +22,15 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from torch import Tensor
 
-from privfm.checks import CohortTooSmall, InvalidArgument, RoundFailed, at_least, require
+from privfm.checks import CohortTooSmall, InvalidArgument, RoundFailed, require
 from privfm.contracts import Rule
 from privfm.contracts.rules import ROOT
 from privfm.defenses.aggregator import Aggregated, Aggregator
 from privfm.defenses.mean import Mean
 from privfm.defenses.privacy import DPPlan, EpsilonRecord
-from privfm.federation.arm import Arm
-from privfm.federation.compatibility import problems
-from privfm.plugins.nvflare.arrays import SentModel, spans
+from privfm.plugins.changes import listed, spans
+from privfm.plugins.nvflare.arrays import SentModel
+from privfm.plugins.refusals import require_central, require_paid
 
 CLIENT = "client_name"
 """Where NVFlare's server writes, over whatever the client claims, whose contribution it is."""
@@ -198,7 +198,8 @@ class RobustAggregator(ModelAggregator):  # type: ignore[misc]  # NVFlare is not
             try:
                 outcome = self._memory(matrix, [site_id(site) for site in sites])
             except CohortTooSmall as error:
-                raise CohortTooSmall(f"{error}{_listed(self._left_out)}") from error
+                reasons = [f"{site}: {reason}" for site, reason in sorted(self._left_out.items())]
+                raise CohortTooSmall(f"{error}{listed(reasons)}") from error
             params, metrics = sent.params(outcome.update), self._medians()
             self.report, current_round = self._reported(sites, outcome), self._round
             self._clear()
@@ -274,9 +275,7 @@ class RobustAggregator(ModelAggregator):  # type: ignore[misc]  # NVFlare is not
             return
         if len(self._rows) > self.population:
             raise RoundFailed(f"population={self.population}: {len(self._rows)} sites answered; the plan is for fewer")
-        budget, after = self.plan.budget, self._memory.round
-        if budget is not None and self.plan.epsilon(after + 1) > budget:
-            raise RoundFailed(f"budget={budget:g} is spent: epsilon is {self.plan.epsilon(after):.4g}; training ends")
+        require_paid(self.plan, self._memory.round)
 
     def _medians(self) -> dict[str, float] | None:
         """A mean would be whatever one site likes, and so would be a name that one site alone reports."""
@@ -303,25 +302,14 @@ def _acting(rule: Rule | None, plan: DPPlan | None, population: int | None) -> R
         rooted = [type(inner).__name__ for inner in rule.nested if ROOT in inner.init(1)]
         require(not rooted, f"{', '.join(rooted)} needs an update of the server's own: NVFlare's server trains nothing")
         return rule
-    at_least("population", population, 1)
-    central = plan.unit == "client" and plan.place == "central"
-    require(
-        central,
-        f"unit={plan.unit!r}, place={plan.place!r}: the aggregator noises sums of whole clients' changes; use "
-        "unit='client' and place='central', or PrivacyFilter for place='local'",
-    )
+    require_central(plan, population, Mean(), "PrivacyFilter takes place='local', the other places need privfm run")
     require(
         plan.sample_rate == 1,
         f"sample_rate={plan.sample_rate}: NVFlare draws sites itself, from those that are connected, so that no "
         "amplification by sampling holds; use 1.0",
     )
-    refused = {"max_participations": None, "bands": 1, "weight_cap": None, "simulated_population": None}
-    for name, only in refused.items():
-        value = getattr(plan, name)
-        require(value == only, f"{name}={value}: NVFlare's controller does not keep to it; leave it out")
-    require(not plan.adaptive, "clipping=AdaptiveQuantile: clients would have to send their count; use Flat")
-    found = problems(Arm(rule=Mean(), plan=plan), d=1, population=population)
-    require(not found, "; ".join(f"{problem.what}: {problem.instead}" for problem in found))
+    most = plan.max_participations
+    require(most is None, f"max_participations={most}: NVFlare's controller does not keep to it; leave it out")
     return plan.release(plan.max_grad_norm, population)
 
 
@@ -337,9 +325,3 @@ def _number(value: Any) -> float:
         return float(value) if isinstance(value, Real) else nan
     except OverflowError:  # a whole number too long for one
         return inf
-
-
-def _listed(left_out: Mapping[str, str]) -> str:
-    """The first reasons, for an error."""
-    first = [f"{site}: {reason}" for site, reason in sorted(left_out.items())[:3]]
-    return f". Left out: {'; '.join(first)}{' ...' if len(left_out) > len(first) else ''}" if first else ""

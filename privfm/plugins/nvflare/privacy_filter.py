@@ -21,7 +21,9 @@ from privfm.checks import InvalidArgument, RoundFailed, positive, require
 from privfm.contracts import Encoded, Transform
 from privfm.defenses.privacy import DPPlan, EpsilonRecord, Flat
 from privfm.defenses.privacy.clipping import ClientClip
-from privfm.plugins.nvflare.arrays import SentModel, as_tensors, like, spans
+from privfm.plugins.changes import spans
+from privfm.plugins.nvflare.arrays import SentModel, as_tensors, like
+from privfm.plugins.refusals import require_codec, require_local, require_paid
 from privfm.vectors import Layout
 
 PACKED = "privfm"
@@ -142,8 +144,10 @@ class PrivacyFilter(ClosedFilter):
         if max_grad_norm is not None:
             positive("max_grad_norm", max_grad_norm)
         if plan is not None:
-            _check(plan)
-        _check_codec(codec)
+            require_local(plan, "RobustAggregator for place='central'")
+            require(plan.noise_multiplier > 0, "noise_multiplier=0: a plan without noise protects nobody; use a bound")
+        if codec is not None:
+            require_codec(codec)
         require(isinstance(exclude, Sequence) and not isinstance(exclude, str), f"exclude={exclude!r}: expected names")
         self.max_grad_norm, self.plan, self.codec, self.exclude = max_grad_norm, plan, codec, list(exclude)
         self.released = 0
@@ -192,8 +196,7 @@ class PrivacyFilter(ClosedFilter):
         after = self.released + 1
         if plan.max_participations is not None and after > plan.max_participations:
             raise RoundFailed(f"max_participations={plan.max_participations}: this site has given as much")
-        if plan.budget is not None and plan.epsilon(after) > plan.budget:
-            raise RoundFailed(f"budget={plan.budget:g}: one more update would cost more than there is")
+        require_paid(plan, self.released)
         clip = plan.clip(spans(layout))
         assert clip is not None  # the plan is for whole clients
         self.released = after  # before the noise is drawn: what fails from here on is paid for all the same
@@ -218,7 +221,7 @@ class UpdateDecoder(ClosedFilter):
 
     def __init__(self, codec: Transform, exclude: Sequence[str] = ()) -> None:
         super().__init__()
-        _check_codec(codec)
+        require_codec(codec)
         self.codec, self.exclude = codec, list(exclude)
         self._sent: SentModel | None = None
 
@@ -257,29 +260,6 @@ class UpdateDecoder(ClosedFilter):
     def headers(self, shareable: Shareable) -> dict[str, Any]:
         """All: NVFlare's server needs its own."""
         return dict(shareable.get(ReservedHeaderKey.HEADERS) or {})
-
-
-def _check(plan: DPPlan) -> None:
-    local = plan.unit == "client" and plan.place == "local"
-    require(
-        local,
-        f"unit={plan.unit!r}, place={plan.place!r}: the filter noises one client's whole update; use unit='client' and "
-        "place='local', or RobustAggregator for place='central'",
-    )
-    require(
-        plan.source == "secure",
-        "source='seeded': the server hands out the job, knows the seed and could take the noise off; use secure",
-    )
-    require(plan.noise_multiplier > 0, "noise_multiplier=0: a plan without noise protects nobody; use max_grad_norm=")
-
-
-def _check_codec(codec: Transform | None) -> None:
-    require(
-        codec is None or (isinstance(codec, Transform) and codec.binding),
-        f"codec={codec!r}: expected a codec (FixedPoint), not a step that nobody decodes",
-    )
-    require(codec is None or codec.modulus is None, f"codec={codec!r} decodes sums; expected one for single updates")
-    require(codec is None or not codec.init(1), f"codec={codec!r}: what it remembers would be lost with the job")
 
 
 def _packed(codec: Transform, row: Tensor) -> dict[str, Any]:

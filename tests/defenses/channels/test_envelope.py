@@ -24,7 +24,7 @@ MESSAGE = CLIENT.seal(HEADER, PARTS)
 
 def recoded(content: bytes, sender: Link = CLIENT) -> bytes:
     """A malicious client's message: whatever it likes, under its own key."""
-    return content + sender._code(content, sending=True)
+    return content + sender._code([content], sending=True)
 
 
 def test_opening_undoes_sealing():

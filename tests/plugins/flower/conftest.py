@@ -1,7 +1,7 @@
 """A Flower grid in this process: real client apps, messages and contexts, and nodes that misbehave on demand."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -89,12 +89,10 @@ def _over_the_wire(content: RecordDict) -> RecordDict:
 
 
 @pytest.fixture(autouse=True)
-def _identity() -> Iterator[None]:
+def _task(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that Flower has started knows its run."""
-    before = TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id
-    TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = 1, 7, 1
-    yield
-    TaskIdentity._task_id, TaskIdentity._run_id, TaskIdentity._node_id = before
+    for name, number in (("_task_id", 1), ("_run_id", 7), ("_node_id", 1)):
+        monkeypatch.setattr(TaskIdentity, name, number)
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ from privfm.plugins.flower import (
     ProtectedStrategy,
     clip_mod,
     compress_mod,
-    create_identity,
     load_parties,
+    make_secrets,
     noise_mod,
     protect_mod,
-    save_pinned,
+    write_public,
 )
 
 MEMORY = "privfm.memory"
@@ -38,7 +38,7 @@ def play(strategy, grid, arrays, rounds=1):
 
 
 def ours(rule=None, **kwargs):
-    return ProtectedStrategy(rule, **{"fraction_evaluate": 0.0, **kwargs})
+    return ProtectedStrategy(rule, **{"fraction_evaluate": 0.0, "seed": 0, **kwargs})
 
 
 def received(grid):
@@ -132,6 +132,28 @@ def test_noise_mod_clips_first(grid_of, adds, record):
     grid = grid_of([adds(1e6, mods=[noise_mod(plan)])] * 12)
     found, _ = play(ours(Mean(), plan=plan, population=12), grid, model)
     np.testing.assert_allclose(found["w"], 1.5, rtol=1e-4)  # length 3
+
+
+def test_noise_mod_does_not_show_whose_training_failed(grid_of, app_that, record):
+    """A failure is told by no error, no shorter message, no other name; what is sent is noise of the plan's scale."""
+    model = record(w=np.zeros(20_000, np.float32))
+    told = {"loss": 1.0}
+
+    def train(state, now, number):
+        if number == 3:
+            raise RuntimeError("a text that is private")
+        if number == 4:
+            return {"w": state["w"] * np.nan}
+        return {"another": state["w"]} if number == 5 else state
+
+    grid = grid_of([app_that(train, mods=[noise_mod(local_plan())], metrics=told)] * 12)
+    strategy = ours(Mean(), plan=local_plan(), population=12)
+    play(strategy, grid, model)
+    assert strategy.reports[0].used == tuple(range(12))
+    assert len({len(reply) for reply in grid.sent}) == 1
+    for reply in received(grid):
+        assert list(reply) == ["arrays"]
+        assert abs(reply["arrays"]["w"].numpy().std() / 6.0 - 1) < 0.03
 
 
 def test_noise_mod_takes_part_no_more_often_than_planned_whatever_the_server_says(grid_of, adds, record):
@@ -445,6 +467,23 @@ def test_failed_training_is_a_zero_row_under_a_plan(grid_of, app_that, record):
     assert strategy.reports[0].failed == ()
 
 
+def test_failed_training_does_not_show_under_a_local_plan_over_a_channel(grid_of, app_that, record):
+    model = record(w=np.zeros(4, np.float32))
+    plan, channel, codec = local_plan(), PairwiseMasks(clients=12), FixedPoint(100.0, 16)
+
+    def train(state, now, number):
+        if number == 3:
+            raise RuntimeError("no data")
+        return state
+
+    grid, server = protected(
+        grid_of, lambda place, mod: app_that(train, mods=[mod]), channel, 12, codec=codec, plan=plan
+    )
+    strategy = ours(plan=plan, population=12, channel=channel, codec=codec, parties=server)
+    play(strategy, grid, model)
+    assert strategy.reports[0].failed == () and len(strategy.reports[0].used) == 12
+
+
 def test_distributed_noise_is_the_clients(grid_of, adds, record):
     model = record(w=np.zeros(2000, np.float32))
     integers = IntegerNoise(least_answers=10, clients=12)
@@ -557,15 +596,23 @@ def test_a_key_holder_is_waited_for(grid_of, adds, model):
 # Identities
 
 
+def made_in(folder, *numbers):
+    """Everybody's secret, and the list of the public halves."""
+    public = {}
+    for number in numbers:
+        public |= make_secrets(folder / f"{number}.secret", [number])
+    write_public(folder / "pinned.json", public)
+    return public
+
+
 def test_identities_live_in_files(tmp_path):
-    pinned = {number: create_identity(tmp_path / f"{number}.secret") for number in (SERVER, KEY_HOLDER, 0, 1)}
-    save_pinned(tmp_path / "pinned.json", pinned)
+    pinned = made_in(tmp_path, SERVER, KEY_HOLDER, 0, 1)
     parties = load_parties(tmp_path / "0.secret", tmp_path / "pinned.json")
     assert dict(parties.pinned) == pinned
     assert public_identity(parties.own) == parties.public(0)
     assert (tmp_path / "0.secret").stat().st_mode & 0o777 == 0o600
     with pytest.raises(InvalidArgument, match="not overwritten"):
-        create_identity(tmp_path / "0.secret")
+        make_secrets(tmp_path / "0.secret", [0])
     with pytest.raises(InvalidArgument, match="no pinned identity"):
         parties.public(7)
     assert "secret" not in repr(parties)
@@ -573,15 +620,24 @@ def test_identities_live_in_files(tmp_path):
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"0": "zz"}', '{"zero": ""}', '{"0": "00"}'])
 def test_broken_lists_of_identities_are_refused(content, tmp_path):
-    create_identity(tmp_path / "0.secret")
+    make_secrets(tmp_path / "0.secret", [0])
     (tmp_path / "pinned.json").write_text(content)
     with pytest.raises(InvalidArgument):
         load_parties(tmp_path / "0.secret", tmp_path / "pinned.json")
 
 
+def test_a_secret_is_of_one_party_and_its_owners_alone(tmp_path):
+    made_in(tmp_path, 0)
+    make_secrets(tmp_path / "both.json", [0, 1])
+    with pytest.raises(InvalidArgument, match=r"\[0, 1\]"):
+        load_parties(tmp_path / "both.json", tmp_path / "pinned.json")
+    (tmp_path / "0.secret").chmod(0o640)
+    with pytest.raises(InvalidArgument, match="chmod 600"):
+        load_parties(tmp_path / "0.secret", tmp_path / "pinned.json")
+
+
 def test_a_node_names_its_files(tmp_path, grid_of, adds, model):
-    pinned = {number: create_identity(tmp_path / f"{number}.secret") for number in (SERVER, 0, 1, 2)}
-    save_pinned(tmp_path / "pinned.json", pinned)
+    made_in(tmp_path, SERVER, 0, 1, 2)
     channel = PairwiseMasks(clients=3)
     grid = grid_of([adds(0.5, mods=[protect_mod(channel, codec=CODEC)])] * 3)
     for number, context in enumerate(grid.contexts.values()):

@@ -10,7 +10,7 @@ import pytest
 from privfm.checks import InvalidArgument
 from privfm.contracts import KEY_HOLDER, SERVER
 from privfm.defenses.channels.identities import public_identity
-from privfm.engines.flower.identities import Pinned, make_secrets, read_secrets, write_public
+from privfm.defenses.channels.identity_files import Pinned, make_secrets, read_public, read_secrets, write_public
 
 PARTIES = (SERVER, KEY_HOLDER, 0, 7)
 
@@ -102,3 +102,17 @@ def test_a_party_that_nobody_pins_is_nobody(tmp_path: Path) -> None:
     write_public(tmp_path / "public.json", make_secrets(tmp_path / "own.json", [0]))
     with pytest.raises(InvalidArgument, match="pins no party 1"):
         Pinned(tmp_path / "public.json")(1)
+
+
+def test_the_files_of_a_folder_are_one_list_and_must_agree(tmp_path: Path) -> None:
+    folder = tmp_path / "public"
+    folder.mkdir()
+    with pytest.raises(InvalidArgument, match="no public identities"):
+        read_public(folder)
+    public = make_secrets(tmp_path / "own.json", PARTIES)
+    write_public(folder / "some.json", {party: public[party] for party in (SERVER, 0)})
+    write_public(str(folder / "others.json"), {party: public[party] for party in (KEY_HOLDER, 0, 7)})
+    assert read_public(folder) == public
+    write_public(folder / "third.json", make_secrets(str(tmp_path / "false.json"), [7]))
+    with pytest.raises(InvalidArgument, match="two identities of party 7"):
+        read_public(folder)

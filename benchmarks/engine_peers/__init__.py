@@ -1,0 +1,1 @@
+"""Apps of other people's making, and ours with clocks around it."""
