@@ -59,7 +59,7 @@ def test_a_recorded_configuration_is_read_as_it_was(example: str) -> None:
         "run",
         [example, *CKKS, "--transforms", '[{"class_path":"privfm.defenses.ClientMomentum","init_args":{"beta":0.5}}]'],
     )
-    assert recorded_config(json.loads(json.dumps(resolved(asked.config)))) == asked.config
+    assert recorded_config(json.loads(json.dumps(resolved(asked.config, in_full=True)))) == asked.config
 
 
 def test_identities_are_made_on_their_hosts(app: Path) -> None:

@@ -77,9 +77,11 @@ def main(grid, context):
 """
 
 OWNER = """
-import sys
+import signal, sys
 from pathlib import Path
 from privfm.engines.flower.launch import NodeSpec, Session
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts the tests in the background ignores it
 
 folder, app = map(Path, sys.argv[1:])
 session = Session.deployment(folder / "session", [NodeSpec({"number": 0})])

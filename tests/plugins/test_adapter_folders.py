@@ -288,7 +288,7 @@ def test_rank_stabilised_adapters_are_scaled_by_the_root(cohort):
 def test_a_plan_releases_a_noisy_adapter_with_its_head(cohort):
     received, clients, out = cohort
     plan = DPPlan(noise_multiplier=1.0, max_grad_norm=0.5, sample_rate=1.0, delta=1e-3, sampling="full")
-    server = StateDictServer(plan=plan, population=40)
+    server = StateDictServer(plan=plan, population=40, seed=0)
     spoiled(clients[0], "a pickle")
     aggregate_adapter_folders(received, clients, out, server)
     start, after = load_file(received / WEIGHTS), load_file(out / WEIGHTS)
