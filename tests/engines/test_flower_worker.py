@@ -23,7 +23,6 @@ from privfm.engines.flower.worker import (
     WorkerUnavailable,
     born,
     call,
-    call_here,
     opened,
     runtime_path,
     supernode_pid,
@@ -397,8 +396,8 @@ def test_size_limit(owner: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(call("toy_functions:reverse", "size", bytes(100), owner=owner)) == 100
     with pytest.raises(InvalidArgument, match="payload of 101 bytes: expected at most 100"):
         call("toy_functions:reverse", "size", bytes(101), owner=owner)
-    with pytest.raises(WorkerFailed, match="returned 101 bytes: expected at most 100"):
-        call_here("toy_functions:reverse", bytes(101))
+    with pytest.raises(InvalidArgument, match="returned 101 bytes: expected at most 100"):
+        worker.evaluate("toy_functions:reverse", bytes(101))
     ours, theirs = socket.socketpair()
     with ours, theirs:
         worker.send(ours, bytes(101))
@@ -428,14 +427,13 @@ def test_worker_that_cannot_start(owner: int, tmp_path: Path, monkeypatch: pytes
 
 def test_systems_without_workers_say_so(owner: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(socket, "SO_PEERCRED")
-    with pytest.raises(WorkerUnavailable, match="use call_here"):
+    with pytest.raises(WorkerUnavailable, match="leave persistent-worker out"):
         count("system", owner)
     with pytest.raises(WorkerUnavailable):
         supernode_pid()
-    assert call_here("toy_functions:reverse", b"abc") == b"cba"
-    with pytest.raises(WorkerFailed, match="ZeroDivisionError: why") as caught:
-        call_here("toy_functions:fail", b"why")
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert worker.evaluate("toy_functions:reverse", b"abc") == b"cba"
+    with pytest.raises(ZeroDivisionError, match="why"):
+        worker.evaluate("toy_functions:fail", b"why")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from struct import pack
 from typing import final
@@ -46,7 +47,7 @@ class Request:
             "honest": list(self.honest),
             "malicious": list(self.malicious),
         }
-        parts = {f"request/{party}": request for party, request in self.requests.items()}
+        parts = named("request", self.requests)
         if told is not None:
             weights = {str(client): weight for client, weight in told.weights.items()}
             head |= {"bound": told.bound, "cohort": told.cohort, "weights": weights}
@@ -60,7 +61,7 @@ class Request:
         Raises:
           Corrupt: it is none.
         """
-        try:
+        with _reading("request"):
             head, parts = unpacked(content)
             told = None
             if "model" in parts:
@@ -69,8 +70,6 @@ class Request:
                 told = Broadcast(vector_from_bytes(parts["model"]), bound, int(head["cohort"]), weights)
             honest, malicious = (tuple(int(client) for client in head[who]) for who in ("honest", "malicious"))
             return cls(int(head["round"]), str(head["stage"]), honest, malicious, by_party("request", parts), told)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as reason:
-            raise Corrupt(f"a request that is none: {reason}") from reason
 
 
 @final
@@ -88,7 +87,7 @@ class Reply:
 
     def to_bytes(self) -> bytes:
         """As it goes over the network."""
-        return packed({"failed": self.failed}, {f"reply/{party}": reply for party, reply in self.replies.items()})
+        return packed({"failed": self.failed}, named("reply", self.replies))
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Reply:
@@ -97,11 +96,9 @@ class Reply:
         Raises:
           Corrupt: it is none.
         """
-        try:
+        with _reading("reply"):
             head, parts = unpacked(content)
             return cls(by_party("reply", parts), bool(head["failed"]))
-        except (ValueError, KeyError, TypeError, OverflowError) as reason:
-            raise Corrupt(f"a reply that is none: {reason}") from reason
 
 
 @final
@@ -121,8 +118,7 @@ class Greeting:
 
     def to_bytes(self) -> bytes:
         """As it goes over the network."""
-        signatures = {f"signature/{party}": signature for party, signature in self.signatures.items()}
-        return packed({"parties": list(self.parties), "problem": self.problem}, signatures)
+        return packed({"parties": list(self.parties), "problem": self.problem}, named("signature", self.signatures))
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Greeting:
@@ -131,18 +127,30 @@ class Greeting:
         Raises:
           Corrupt: it is none.
         """
-        try:
+        with _reading("greeting"):
             head, parts = unpacked(content)
             return cls(
                 tuple(int(party) for party in head["parties"]), str(head["problem"]), by_party("signature", parts)
             )
-        except (ValueError, KeyError, TypeError, OverflowError) as reason:
-            raise Corrupt(f"a greeting that is none: {reason}") from reason
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Whatever is missing in a message, or of another form, makes it none: `Corrupt`."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as reason:
+        raise Corrupt(f"a {what} that is none: {reason}") from reason
 
 
 def claim(nonce: bytes, party: int) -> bytes:
     """What a party signs to say that it is here, for the server that drew the nonce."""
     return b"privfm greeting" + nonce + pack(">q", party)
+
+
+def named(kind: str, parts: Mapping[int, bytes]) -> dict[str, bytes]:
+    """A part a party, as `kind/PARTY`."""
+    return {f"{kind}/{party}": part for party, part in parts.items()}
 
 
 def by_party(kind: str, parts: Mapping[str, bytes]) -> dict[int, bytes]:

@@ -11,8 +11,7 @@ while its owner lives, which is the SuperNode (`supernode_pid`), and no longer t
 - Socket and log lie in a folder of mode 0700 of this user; both ends check that the other is the same user. Nothing
   is pickled: a call is the name of a function and bytes, its answer bytes, or an error's type and message.
 - The worker inherits environment, working folder and `sys.path` of the process whose call started it.
-- Linux only (`/proc`, peer credentials). Elsewhere `call` raises `WorkerUnavailable`; `call_here` is the way out, by
-  the caller's own choice.
+- Linux only (`/proc`, peer credentials). Elsewhere `call` raises `WorkerUnavailable`: a ClientApp then does without.
 
 This module imports the standard library and `privfm.checks` alone: it is what every message loads.
 """
@@ -108,23 +107,6 @@ def call(
     )
 
 
-def call_here(entry: str, payload: bytes) -> bytes:
-    """`call` without a worker: in this process, which keeps what the function remembers only while it lives itself.
-
-    >>> call_here("base64:b64encode", b"abc")
-    b'YWJj'
-
-    Raises:
-      InvalidArgument: `entry` is no `module:function`.
-      WorkerFailed: the function raised, is not there, or gave no bytes.
-    """
-    require(_is_entry(entry), _NO_ENTRY.format(entry))
-    try:
-        return evaluate(entry, payload)
-    except Exception as error:
-        raise WorkerFailed(str(error), type(error).__name__) from error
-
-
 def evaluate(entry: str, payload: bytes) -> bytes:
     """What the function called `entry` returns; whatever it, or its import, raises passes through."""
     module, _, name = entry.partition(":")
@@ -166,8 +148,8 @@ def require_system() -> None:
     """Raises `WorkerUnavailable` where workers cannot be had."""
     if not (hasattr(socket, "AF_UNIX") and hasattr(socket, "SO_PEERCRED") and Path("/proc/self/stat").exists()):
         raise WorkerUnavailable(
-            f"{sys.platform}: a worker needs Unix domain sockets with SO_PEERCRED and /proc; use call_here(entry, "
-            "payload), which loads everything again in every process"
+            f"{sys.platform}: a worker needs Unix domain sockets with SO_PEERCRED and /proc; leave "
+            "persistent-worker out of the node's configuration: then every message loads everything again"
         )
 
 
